@@ -1,0 +1,373 @@
+"""The CogVideoX diffusion transformer for multi-scene video (reference: MultiPromptCogVideoXTransformer3DModel).
+
+Text and video tokens of all scenes go through every block as one sequence `[T_1 .. T_n ; V_1 .. V_n]`. What sets
+them apart is the modulation: a shift, scale and gate for every segment (scene x {text, video}), made from the timestep
+of that scene. So a conditional scene is nothing special; it is a scene with t = 0.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Float
+
+from mask2dit_jax.axes import Floats, Ints
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.ops import positions
+from mask2dit_jax.ops.attention import attend
+
+QK_NORM_EPS = 1e-6  # fixed in the reference; the other norms read norm_eps
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the model (the names in config.json are in `from_json`) and how it is run.
+
+    Attributes:
+        sample_height, sample_width, sample_frames: latent rows and columns, and pixel frames of one scene, that the
+            base model was trained with: they fix the base grid of the positions.
+        mask: attention mask variant, v1..v5.
+        attention: implementation of `ops.attention.attend`.
+        remat: what the backward pass keeps of a block: "none" recomputes nothing, "full" everything, "dots" all
+            but matrix products.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_layers: int
+    latent_channels: int = 16
+    patch_size: int = 2
+    time_embed_dim: int = 512
+    text_embed_dim: int = 4096
+    text_tokens: int = 226
+    rope: bool = True
+    sample_height: int = 60
+    sample_width: int = 90
+    sample_frames: int = 49
+    temporal_compression: int = 4
+    spatial_interpolation_scale: float = 1.875
+    temporal_interpolation_scale: float = 1.0
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0.0
+    norm_eps: float = 1e-5
+    attention_bias: bool = True
+    mask: str = "v2"
+    attention: str = "grouped"
+    remat: str = "none"
+
+    @classmethod
+    def cogvideox_2b(cls, **overrides) -> "DiTConfig":
+        return cls(num_heads=30, head_dim=64, num_layers=30, rope=False, **overrides)
+
+    @classmethod
+    def cogvideox_5b(cls, **overrides) -> "DiTConfig":
+        return cls(num_heads=48, head_dim=64, num_layers=42, rope=True, **overrides)
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def base_grid(self) -> tuple[int, int]:
+        return self.sample_height // self.patch_size, self.sample_width // self.patch_size
+
+    @property
+    def base_frames(self) -> int:
+        """Latent frames of one scene of the base model."""
+        return (self.sample_frames - 1) // self.temporal_compression + 1
+
+    def layout(self, frames: tuple[int, ...], height: int, width: int) -> SceneLayout:
+        """The layout of scenes of so many latent frames at latent height x width."""
+        if height % self.patch_size or width % self.patch_size:
+            raise UserError(f"latents of {height} x {width} cannot be cut into patches of {self.patch_size}")
+        return SceneLayout(tuple(frames), (height // self.patch_size, width // self.patch_size), self.text_tokens)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "DiTConfig":
+        """Reads the `transformer/config.json` of a diffusers directory."""
+        for key, wanted in _SUPPORTED.items():
+            if raw.get(key, wanted) != wanted:
+                raise UserError(f"transformer config.json: {key}={raw[key]!r} is not supported, only {wanted!r} is")
+        if raw.get("out_channels") not in (None, raw["in_channels"]):
+            raise UserError(
+                f"transformer config.json: out_channels={raw['out_channels']} differs from "
+                f"in_channels={raw['in_channels']}; image-to-video and inpainting models are not supported"
+            )
+        missing = [key for key in _REQUIRED if key not in raw]
+        if missing:
+            raise UserError(f"transformer config.json: {', '.join(missing)} missing; is it a CogVideoX transformer?")
+        types = {field.name: field.type for field in dataclasses.fields(cls)}
+        fields = {name: types[name](raw[key]) for name, key in _JSON_NAMES.items() if key in raw}
+        return cls(mask=f"v{raw.get('attn_msk_version', 2)}", **fields)
+
+    def to_json(self) -> dict[str, Any]:
+        """The `transformer/config.json` that diffusers (and the authors' code) read back."""
+        return {
+            "_class_name": "CogVideoXTransformer3DModel",
+            **{key: getattr(self, name) for name, key in _JSON_NAMES.items()},
+            **_SUPPORTED,
+            "out_channels": self.latent_channels,
+            "attn_msk_version": int(self.mask.removeprefix("v")),
+        }
+
+
+_JSON_NAMES = {
+    "num_heads": "num_attention_heads",
+    "head_dim": "attention_head_dim",
+    "num_layers": "num_layers",
+    "latent_channels": "in_channels",
+    "patch_size": "patch_size",
+    "time_embed_dim": "time_embed_dim",
+    "text_embed_dim": "text_embed_dim",
+    "text_tokens": "max_text_seq_length",
+    "rope": "use_rotary_positional_embeddings",
+    "sample_height": "sample_height",
+    "sample_width": "sample_width",
+    "sample_frames": "sample_frames",
+    "temporal_compression": "temporal_compression_ratio",
+    "spatial_interpolation_scale": "spatial_interpolation_scale",
+    "temporal_interpolation_scale": "temporal_interpolation_scale",
+    "flip_sin_to_cos": "flip_sin_to_cos",
+    "freq_shift": "freq_shift",
+    "norm_eps": "norm_eps",
+    "attention_bias": "attention_bias",
+}
+_REQUIRED = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels")
+_SUPPORTED = {
+    "patch_size_t": None,
+    "activation_fn": "gelu-approximate",
+    "timestep_activation_fn": "silu",
+    "norm_elementwise_affine": True,
+    "dropout": 0.0,
+    "use_learned_positional_embeddings": False,
+    "patch_bias": True,
+}
+
+
+class Modulation(nnx.Module):
+    """adaLN: from the time embedding of each scene, `parts` vectors for each of `kinds` token kinds.
+
+    Starts at zero when trained from scratch, so that every block starts as the identity.
+    """
+
+    def __init__(self, config: DiTConfig, kinds: int, parts: int, **kwargs):
+        self.kinds, self.parts = kinds, parts
+        zeros = nnx.initializers.zeros_init()
+        self.linear = nnx.Linear(config.time_embed_dim, kinds * parts * config.width, kernel_init=zeros, **kwargs)
+
+    def __call__(self, time: Floats["b s e"]) -> Floats["b kinds s parts d"]:
+        flat = self.linear(jax.nn.silu(time))
+        return rearrange(flat, "b s (kinds parts d) -> b kinds s parts d", kinds=self.kinds, parts=self.parts)
+
+
+def _layer_norm(width: int, epsilon: float, **kwargs) -> nnx.LayerNorm:
+    # The fast variance, E[x^2] - E[x]^2, loses the digits that parity needs.
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **kwargs)
+
+
+class AdaLayerNormZero(nnx.Module):
+    """LayerNorm, shifted and scaled a segment; also gives the gate of what follows (CogVideoXLayerNormZero)."""
+
+    def __init__(self, config: DiTConfig, **kwargs):
+        self.modulation = Modulation(config, kinds=2, parts=3, **kwargs)
+        self.norm = _layer_norm(config.width, config.norm_eps, **kwargs)
+
+    def __call__(self, x: Floats["b l d"], time: Floats["b s e"], segments: Float[np.ndarray, "l g"]):
+        video, text = jnp.unstack(self.modulation(time), axis=1)  # the reference's order of kinds
+        per_segment = jnp.concatenate([text, video], axis=1)  # segments in token order: all texts, all videos
+        # A product with a one-hot matrix, not a gather: its gradient is a product too, where a gather's is a scatter.
+        per_token = jnp.einsum("lg,bgpd->pbld", segments.astype(x.dtype), per_segment, precision="highest")
+        shift, scale, gate = jnp.unstack(per_token)
+        return self.norm(x) * (1 + scale) + shift, gate
+
+
+class Attention(nnx.Module):
+    """Joint self-attention with a LayerNorm on every head's queries and keys."""
+
+    def __init__(self, config: DiTConfig, **kwargs):
+        self.config = config
+        width = config.width
+        self.query, self.key, self.value = (
+            nnx.Linear(width, width, use_bias=config.attention_bias, **kwargs) for _ in range(3)
+        )
+        self.out = nnx.Linear(width, width, **kwargs)
+        self.norm_q = _layer_norm(config.head_dim, QK_NORM_EPS, **kwargs)
+        self.norm_k = _layer_norm(config.head_dim, QK_NORM_EPS, **kwargs)
+
+    def __call__(self, x: Floats["b l d"], rope, layout: SceneLayout) -> Floats["b l d"]:
+        heads = (rearrange(f(x), "b l (k m) -> b l k m", m=self.config.head_dim) for f in self._projections())
+        q, k, v = heads
+        q, k = self.norm_q(q), self.norm_k(k)
+        if rope is not None:
+            q, k = positions.rotate(q, rope), positions.rotate(k, rope)
+        out = attend(q, k, v, mask=self.config.mask, layout=layout, implementation=self.config.attention)
+        return self.out(rearrange(out, "b l k m -> b l (k m)"))
+
+    def _projections(self):
+        return self.query, self.key, self.value
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: DiTConfig, **kwargs):
+        self.up = nnx.Linear(config.width, 4 * config.width, **kwargs)
+        self.down = nnx.Linear(4 * config.width, config.width, **kwargs)
+
+    def __call__(self, x: Floats["b l d"]) -> Floats["b l d"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: DiTConfig, **kwargs):
+        self.norm1 = AdaLayerNormZero(config, **kwargs)
+        self.attn = Attention(config, **kwargs)
+        self.norm2 = AdaLayerNormZero(config, **kwargs)
+        self.mlp = FeedForward(config, **kwargs)
+
+    def __call__(self, x: Floats["b l d"], time: Floats["b s e"], rope, segments, layout: SceneLayout):
+        h, gate = self.norm1(x, time, segments)
+        x = x + gate * self.attn(h, rope, layout)
+        h, gate = self.norm2(x, time, segments)
+        return x + gate * self.mlp(h)
+
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoid of the timestep, then two layers (reference: Timesteps and TimestepEmbedding)."""
+
+    def __init__(self, config: DiTConfig, **kwargs):
+        self.config = config
+        self.linear_1 = nnx.Linear(config.width, config.time_embed_dim, **kwargs)
+        self.linear_2 = nnx.Linear(config.time_embed_dim, config.time_embed_dim, **kwargs)
+
+    def __call__(self, timesteps: Ints["b s"]) -> Floats["b s e"]:
+        half = self.config.width // 2
+        frequencies = np.exp(-math.log(10_000) * np.arange(half) / (half - self.config.freq_shift))
+        angles = timesteps[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+        waves = [jnp.sin(angles), jnp.cos(angles)]
+        if self.config.flip_sin_to_cos:
+            waves.reverse()
+        return self.linear_2(jax.nn.silu(self.linear_1(jnp.concatenate(waves, axis=-1))))
+
+
+class DiT(nnx.Module):
+    """v-prediction of every scene of a multi-scene video.
+
+    The parameters of all blocks are stacked along a leading layer axis and run by one scan, so that compile time does
+    not grow with depth.
+
+    Args:
+        dtype: of the computation. Norm statistics, softmax and rotations are in fp32 whatever it is.
+        param_dtype: of the parameters.
+    """
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        if config.remat not in REMAT_POLICIES:
+            raise UserError(f"remat {config.remat!r} does not exist; choose one of {', '.join(REMAT_POLICIES)}")
+        kwargs = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config, self.dtype = config, dtype
+        patch_dim = config.patch_size**2 * config.latent_channels
+        self.patch_embed = nnx.Linear(patch_dim, config.width, rngs=rngs, **kwargs)
+        self.text_embed = nnx.Linear(config.text_embed_dim, config.width, rngs=rngs, **kwargs)
+        self.time_embed = TimeEmbedding(config, rngs=rngs, **kwargs)
+        self.blocks = _stack(lambda r: Block(config, rngs=r, **kwargs), config.num_layers, rngs)
+        self.norm_final = _layer_norm(config.width, config.norm_eps, rngs=rngs, **kwargs)
+        self.modulation_out = Modulation(config, kinds=1, parts=2, rngs=rngs, **kwargs)
+        self.norm_out = _layer_norm(config.width, config.norm_eps, rngs=rngs, **kwargs)
+        zeros = nnx.initializers.zeros_init()
+        self.proj_out = nnx.Linear(config.width, patch_dim, kernel_init=zeros, rngs=rngs, **kwargs)
+
+    def __call__(
+        self,
+        latents: Floats["b f h w c"],
+        text: Floats["b s t x"],
+        timesteps: Ints["b s"],
+        *,
+        layout: SceneLayout,
+        intermediates: bool = False,
+    ):
+        """Predicts v for all frames.
+
+        Args:
+            latents: the scenes' noisy latents, one after the other along f; already times the VAE's scaling factor.
+            text: T5 embeddings of each scene's prompt, padding included (it is attended, as in the reference).
+            timesteps: of each scene, 0..999.
+            intermediates: also return {"time", "embedded", "blocks"}: what a parity test bisects with.
+
+        Returns:
+            v, (b f h w c), and the intermediates if asked for.
+        """
+        self._check(latents, text, layout)
+        time = self.time_embed(timesteps)
+        x = embedded = self._embed(latents, text, layout)
+        x, blocks = self._run_blocks(x, time, layout, keep_all=intermediates)
+        out = self._unembed(x[:, layout.num_text_tokens :], time, layout)
+        if not intermediates:
+            return out
+        return out, {"time": time, "embedded": embedded, "blocks": blocks}
+
+    def _check(self, latents, text, layout):
+        p = self.config.patch_size
+        shapes = latents.shape[1:4], text.shape[1:3]
+        wanted = (layout.num_frames, layout.grid[0] * p, layout.grid[1] * p), (layout.num_scenes, layout.text_tokens)
+        if shapes != wanted:
+            raise UserError(f"latents (f h w) and text (s t) are {shapes}, but {layout} wants {wanted}")
+
+    def _embed(self, latents, text, layout) -> Floats["b l d"]:
+        p = self.config.patch_size
+        video = self.patch_embed(rearrange(latents, "b f (h p) (w q) c -> b (f h w) (p q c)", p=p, q=p))
+        if not self.config.rope:
+            video += positions.sincos_table(
+                layout,
+                (self.config.base_frames, *self.config.base_grid),
+                self.config.width,
+                self.config.spatial_interpolation_scale,
+                self.config.temporal_interpolation_scale,
+            ).astype(video.dtype)
+        return jnp.concatenate([rearrange(self.text_embed(text), "b s t d -> b (s t) d"), video], axis=1)
+
+    def _run_blocks(self, x, time, layout, keep_all):
+        rope = None
+        if self.config.rope:
+            rope = positions.rope_table(layout, self.config.base_grid, self.config.head_dim)
+        segments = _one_hot_segments(layout)
+        graph, params = nnx.split(self.blocks)
+
+        def body(x, layer):
+            x = nnx.merge(graph, layer)(x, time, rope, segments, layout)
+            return x, x if keep_all else None
+
+        if self.config.remat != "none":
+            # The scan itself already prevents the merging of computations that prevent_cse guards against.
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        return jax.lax.scan(body, x, params)
+
+    def _unembed(self, video, time, layout) -> Floats["b f h w c"]:
+        (h, w), p = layout.grid, self.config.patch_size
+        shift, scale = jnp.unstack(self.modulation_out(time)[:, 0, layout.frame_scenes], axis=2)  # each (b f d)
+        video = rearrange(self.norm_final(video), "b (f n) d -> b f n d", n=layout.tokens_per_frame)
+        video = self.proj_out(self.norm_out(video) * (1 + scale[:, :, None]) + shift[:, :, None])
+        # The reference's patches have their channels first.
+        return rearrange(video, "b f (h w) (c p q) -> b f (h p) (w q) c", h=h, w=w, p=p, q=p)
+
+
+def _stack(make, num_layers: int, rngs: nnx.Rngs):
+    """num_layers modules as one, each parameter with a leading layer axis."""
+    return nnx.split_rngs(splits=num_layers)(nnx.vmap(make))(rngs)
+
+
+def _one_hot_segments(layout: SceneLayout) -> Float[np.ndarray, "l g"]:
+    """Row l has its 1 at the segment of token l."""
+    lengths = [segment.stop - segment.start for segment in layout.segments]
+    return np.repeat(np.eye(len(lengths), dtype=np.float32), lengths, axis=0)

@@ -1,0 +1,84 @@
+"""The symmetric binary attention mask, v1..v5 (paper, section 3.2 and Fig. 2): one predicate each.
+
+A predicate says whether a query may attend to a key, given the scene and the kind (text or video) of both. Two
+scenes, one text and one video token each, in the order T1 T2 V1 V2 (rows are queries, # = may attend):
+
+         v1       v2       v3       v4       v5
+    T1   #.#.     #.#.     ###.     #.##     ####
+    T2   .#.#     .#.#     ##.#     .###     ####
+    V1   #.#.     #.##     #.##     ####     ####
+    V2   .#.#     .###     .###     ####     ####
+
+v1 is n text-video pairs in one batch, v2 the default, v5 no mask at all. The dense bias, the grouped form and any
+kernel are derived from the predicates and from nothing else.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.layout import SceneLayout, Segment
+
+
+class Side(NamedTuple):
+    """Scene and kind of the tokens on one side of a pair: scalars, or arrays that broadcast against the other side."""
+
+    scene: Any
+    is_text: Any
+
+
+def _same_scene(q: Side, k: Side):
+    return q.scene == k.scene
+
+
+def _both_video(q: Side, k: Side):
+    return ~q.is_text & ~k.is_text
+
+
+def _both_text(q: Side, k: Side):
+    return q.is_text & k.is_text
+
+
+Predicate = Callable[[Side, Side], Any]
+
+PREDICATES: dict[str, Predicate] = {
+    "v1": _same_scene,
+    "v2": lambda q, k: _same_scene(q, k) | _both_video(q, k),
+    "v3": lambda q, k: _same_scene(q, k) | _both_video(q, k) | _both_text(q, k),
+    "v4": lambda q, k: _same_scene(q, k) | ~_both_text(q, k),
+    "v5": lambda q, k: (q.scene == q.scene) & (k.scene == k.scene),
+}
+
+
+def predicate(mask: str) -> Predicate:
+    if mask not in PREDICATES:
+        raise UserError(f"mask {mask!r} does not exist; choose one of {', '.join(PREDICATES)}")
+    return PREDICATES[mask]
+
+
+def dense_mask(mask: str, layout: SceneLayout) -> Bool[np.ndarray, "l l"]:
+    """The whole mask, rows queries and columns keys. For the dense path and the tests: it is S x S."""
+    scene, is_text = layout.token_scenes, layout.token_is_text
+    return predicate(mask)(Side(scene[:, None], is_text[:, None]), Side(scene[None, :], is_text[None, :]))
+
+
+def segment_allows(mask: str, query: Segment, key: Segment) -> bool:
+    """Whether the tokens of one segment may attend to those of another."""
+    sides = (Side(np.asarray(s.scene), np.asarray(s.is_text)) for s in (query, key))
+    return bool(predicate(mask)(*sides))
+
+
+def key_runs(mask: str, layout: SceneLayout, query: Segment) -> tuple[slice, ...]:
+    """The keys that a query segment may attend to, as the fewest contiguous runs of tokens."""
+    runs = []
+    for key in layout.segments:
+        if not segment_allows(mask, query, key):
+            continue
+        if runs and runs[-1].stop == key.start:
+            runs[-1] = slice(runs[-1].start, key.stop)
+        else:
+            runs.append(slice(key.start, key.stop))
+    return tuple(runs)

