@@ -23,10 +23,12 @@ def grouped_attention(
     q: Floats["b l k m"], k: Floats["b l k m"], v: Floats["b l k m"], *, mask: str, layout: SceneLayout
 ) -> Floats["b l k m"]:
     """Equal to dense attention under `mask`; memory is linear in the number of tokens."""
-    outputs = []
+    outputs, slices = [], {}
     for segment in layout.segments:
-        runs = key_runs(mask, layout, segment)
-        attend = functools.partial(_attend_runs, tuple(k[:, run] for run in runs), tuple(v[:, run] for run in runs))
+        runs = [(run.start, run.stop) for run in key_runs(mask, layout, segment)]
+        for start, stop in runs:  # each slice is made once, whoever uses it
+            slices.setdefault((start, stop), (k[:, start:stop], v[:, start:stop]))
+        attend = functools.partial(_attend_runs, tuple(slices[run] for run in runs))
         outputs.append(_in_blocks(attend, q[:, segment.start : segment.stop]))
     return jnp.concatenate(outputs, axis=1)
 
@@ -45,14 +47,14 @@ def _in_blocks(attend, q: Floats["b q k m"]) -> Floats["b q k m"]:
     return jnp.concatenate([out, attend(q[:, whole:])], axis=1)
 
 
-def _attend_runs(keys, values, q: Floats["b q k m"]) -> Floats["b q k m"]:
+def _attend_runs(runs, q: Floats["b q k m"]) -> Floats["b q k m"]:
     """One softmax over several runs of keys; logits and softmax in fp32, as in `jax.nn.dot_product_attention`."""
     scale = q.shape[-1] ** -0.5
-    logits = [jnp.einsum("bqkm,blkm->bkql", q, run, preferred_element_type=jnp.float32) * scale for run in keys]
+    logits = [jnp.einsum("bqkm,blkm->bkql", q, keys, preferred_element_type=jnp.float32) * scale for keys, _ in runs]
     weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(q.dtype)
     out, start = 0.0, 0
-    for run in values:
-        stop = start + run.shape[1]
-        out += jnp.einsum("bkql,blkm->bqkm", weights[..., start:stop], run, preferred_element_type=jnp.float32)
+    for _, values in runs:
+        stop = start + values.shape[1]
+        out += jnp.einsum("bkql,blkm->bqkm", weights[..., start:stop], values, preferred_element_type=jnp.float32)
         start = stop
     return out.astype(q.dtype)

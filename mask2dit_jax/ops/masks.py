@@ -72,12 +72,15 @@ def segment_allows(mask: str, query: Segment, key: Segment) -> bool:
 
 
 def key_runs(mask: str, layout: SceneLayout, query: Segment) -> tuple[slice, ...]:
-    """The keys that a query segment may attend to, as the fewest contiguous runs of tokens."""
+    """The keys that a query segment may attend to, as the fewest runs of tokens of one kind, text or video.
+
+    Runs end where the texts end, so that the run of all video keys is the same for every scene and needs no copy.
+    """
     runs = []
     for key in layout.segments:
         if not segment_allows(mask, query, key):
             continue
-        if runs and runs[-1].stop == key.start:
+        if runs and runs[-1].stop == key.start != layout.num_text_tokens:
             runs[-1] = slice(runs[-1].start, key.stop)
         else:
             runs.append(slice(key.start, key.stop))

@@ -1,0 +1,67 @@
+"""The segment-level conditional mask (paper, section 3.3): a timestep and a loss weight for every scene.
+
+An extension sample shows its first n-1 scenes clean, at t = 0, and is trained on its last scene alone (Eq. 2). Any
+other sample has all scenes at the same t and is trained on all of them (Eq. 3). The difference is data, (b, s)
+arrays, so one compiled step serves both, and the decision is made for each sample.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mask2dit_jax.axes import Array, Floats, Ints
+from mask2dit_jax.diffusion.schedule import NoiseSchedule
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.layout import SceneLayout
+
+# What a model is shown of a conditional scene: the clean latents (the authors' training), or the latents noised at
+# t = 0 (the authors' sampling). In bfloat16 with the 5B schedule the two are equal.
+CONDITIONS = ("clean", "noised")
+
+
+def check_condition(condition: str) -> str:
+    if condition not in CONDITIONS:
+        raise UserError(f"condition {condition!r} does not exist; choose one of {', '.join(CONDITIONS)}")
+    return condition
+
+
+def draw_is_known(key: Array, batch: int, num_scenes: int, probability: float) -> Array:
+    """(b, s): with `probability` a sample is an extension sample, which knows all scenes but the last."""
+    is_extension = jax.random.bernoulli(key, probability, (batch, 1))
+    is_context = np.arange(num_scenes) < num_scenes - 1
+    return is_extension & is_context
+
+
+def scene_timesteps(timesteps: Ints[" b"], is_known: Array) -> Ints["b s"]:
+    """A sample's timestep for the scenes to denoise, 0 for those it knows."""
+    return jnp.where(is_known, 0, timesteps[:, None])
+
+
+def noisy_latents(
+    schedule: NoiseSchedule,
+    latents: Floats["b f h w c"],
+    noise: Floats["b f h w c"],
+    timesteps: Ints["b s"],
+    is_known: Array,
+    *,
+    layout: SceneLayout,
+    condition: str,
+) -> Floats["b f h w c"]:
+    """What the model sees: every scene noised at its timestep; known scenes exactly clean if `condition` says so."""
+    noisy = schedule.add_noise(latents, noise, timesteps[:, layout.frame_scenes])
+    if check_condition(condition) == "noised":
+        return noisy
+    return jnp.where(is_known[:, layout.frame_scenes, None, None, None], latents, noisy)
+
+
+def scene_losses(
+    error: Floats["b f h w c"], is_known: Array, *, layout: SceneLayout
+) -> tuple[Floats[""], Floats[" b"]]:
+    """Mean of `error` over all frames of the scenes to denoise: of each sample, and over the samples.
+
+    A longer scene weighs as many times more as it has frames, so that equal scenes give the paper's plain mean.
+    """
+    weights = (~is_known)[:, layout.frame_scenes].astype(error.dtype)
+    per_frame = error.mean(axis=(2, 3, 4))
+    per_sample = (per_frame * weights).sum(axis=1) / weights.sum(axis=1)
+    return per_sample.mean(), per_sample

@@ -1,0 +1,110 @@
+"""Every mask in every implementation: proved by its Jacobian, equal to the oracle, and never S x S."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.ops import attention_grouped
+from mask2dit_jax.ops.attention import IMPLEMENTATIONS, attend
+from mask2dit_jax.ops.masks import PREDICATES, dense_mask
+
+EQUAL = SceneLayout(frames=(2, 2), grid=(1, 2), text_tokens=2)
+UNEQUAL = SceneLayout(frames=(2, 1, 3), grid=(1, 2), text_tokens=2)
+ONE_SCENE = SceneLayout(frames=(2,), grid=(2, 2), text_tokens=3)
+LAYOUTS = {"equal": EQUAL, "unequal": UNEQUAL, "one": ONE_SCENE}
+
+
+def make_attend(mask, layout, implementation):
+    return jax.jit(functools.partial(attend, mask=mask, layout=layout, implementation=implementation))
+
+
+def random_qkv(layout, heads=2, dim=4, batch=1, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return tuple(jax.random.normal(k, (batch, layout.num_tokens, heads, dim)) for k in keys)
+
+
+def masked_softmax(q, k, v, allowed):
+    """The definition, in NumPy."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    logits = np.einsum("bqkm,blkm->bkql", q, k) / np.sqrt(q.shape[-1])
+    weights = np.where(allowed, np.exp(logits - logits.max(-1, keepdims=True)), 0)
+    return np.einsum("bkql,blkm->bqkm", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mask", PREDICATES)
+def test_jacobian_is_zero_exactly_where_the_mask_forbids(mask, implementation, layout):
+    q, k, v = random_qkv(layout)
+    run = functools.partial(attend, mask=mask, layout=layout, implementation=implementation)
+    allowed = dense_mask(mask, layout)
+
+    def influence(argument):
+        jacobian = jax.jit(jax.jacrev(run, argnums=argument))(q, k, v)[0, :, :, :, 0]
+        return np.abs(jacobian).max(axis=(1, 2, 4, 5))  # query token x token of the argument
+
+    np.testing.assert_array_equal(influence(2) != 0, allowed)
+    keys = influence(1)
+    assert not keys[~allowed].any()
+    if (allowed.sum(axis=1) > 1).all():  # a lone key has weight 1 whatever it is
+        assert keys[allowed].all()
+
+
+@pytest.mark.parametrize("block", [512, 3])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mask", PREDICATES)
+def test_equals_the_definition(mask, implementation, layout, block, monkeypatch):
+    monkeypatch.setattr(attention_grouped, "QUERY_BLOCK", block)
+    q, k, v = random_qkv(layout, batch=2)
+    out = make_attend(mask, layout, implementation)(q, k, v)
+    np.testing.assert_allclose(out, masked_softmax(q, k, v, dense_mask(mask, layout)), atol=2e-6)
+
+
+@pytest.mark.parametrize("block", [512, 3])
+@pytest.mark.parametrize("mask", PREDICATES)
+def test_gradients_agree(mask, block, monkeypatch):
+    monkeypatch.setattr(attention_grouped, "QUERY_BLOCK", block)
+    q, k, v = random_qkv(UNEQUAL)
+    weights = random_qkv(UNEQUAL, seed=1)[0]
+
+    def gradients(implementation):
+        run = functools.partial(attend, mask=mask, layout=UNEQUAL, implementation=implementation)
+        return jax.jit(jax.grad(lambda *args: (run(*args) * weights).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    for a, b in zip(gradients("dense"), gradients("grouped"), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def largest_token_pair_array(jaxpr, tokens: int) -> int:
+    """The most (query, key) pairs that any array in the program, or in a program inside it, could hold."""
+    most = 0
+    for equation in jaxpr.eqns:
+        for inner in jaxprs_in_params(equation.params):
+            most = max(most, largest_token_pair_array(inner, tokens))
+        for variable in equation.outvars:
+            most = max(most, int(np.prod(variable.aval.shape)))
+    return most
+
+
+@pytest.mark.parametrize("mask", PREDICATES)
+def test_grouped_attention_never_holds_a_square_array(mask):
+    layout = SceneLayout(frames=(8, 8, 8), grid=(16, 16), text_tokens=32)
+    tokens = layout.num_tokens
+    shape = jax.ShapeDtypeStruct((1, tokens, 1, 16), jnp.float32)
+    run = functools.partial(attend, mask=mask, layout=layout, implementation="grouped")
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *args: run(*args).sum(), argnums=(0, 1, 2)))(shape, shape, shape)
+    assert largest_token_pair_array(jaxpr.jaxpr, tokens) <= attention_grouped.QUERY_BLOCK * tokens
+    dense = jax.make_jaxpr(functools.partial(attend, mask=mask, layout=layout, implementation="dense"))
+    assert largest_token_pair_array(dense(shape, shape, shape).jaxpr, tokens) >= tokens**2
+
+
+def test_unknown_implementation_names_the_choices():
+    with pytest.raises(UserError, match="attention 'flash' does not exist; choose one of dense, grouped"):
+        attend(*random_qkv(EQUAL), mask="v2", layout=EQUAL, implementation="flash")
