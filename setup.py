@@ -22,7 +22,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
-        "pillow>=11",
+        "pillow>=11.2",
         "safetensors>=0.8",
         "scenedetect-headless>=0.7",
         "sentencepiece>=0.2",
