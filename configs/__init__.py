@@ -1,0 +1,1 @@
+"""Run configurations. A config describes, it does nothing."""

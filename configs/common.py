@@ -1,0 +1,105 @@
+"""What the stages share: model sizes, video sizes, encoders, precision.
+
+Every config file takes a preset, `configs/sft.py:5b`, and any field can be set on the command line,
+`--config.num_steps=100`.
+
+    tiny  trains on two CPU cores in minutes; its VAE, text encoder and tokenizer ship with the package
+    2b    CogVideoX-2b sizes: sin-cos positions, snr shift 3
+    5b    CogVideoX-5b sizes: rotary positions; the sizes of the released Mask2DiT
+"""
+
+from ml_collections import ConfigDict
+
+PRESETS = ("tiny", "2b", "5b")
+
+NEGATIVE_PROMPT = (
+    "The video is not of a high quality, it has a low resolution. Watermark present in each frame. The background is "
+    "solid. Strange body and strange trajectory. Distortion. "
+)
+
+
+def model(preset: str) -> ConfigDict:
+    """Sizes of the transformer when it is trained from scratch; pretrained weights bring their own."""
+    if preset == "tiny":
+        return ConfigDict(
+            {
+                "num_heads": 4,
+                "head_dim": 48,
+                "num_layers": 6,
+                "time_embed_dim": 192,
+                "text_embed_dim": 64,
+                "text_tokens": 48,
+                "sample_height": 8,
+                "sample_width": 14,
+                "sample_frames": 9,
+            }
+        )
+    heads, layers, rope = {"2b": (30, 30, False), "5b": (48, 42, True)}[preset]
+    return ConfigDict({"num_heads": heads, "head_dim": 64, "num_layers": layers, "rope": rope})
+
+
+def common(preset: str) -> ConfigDict:
+    """The fields of every stage."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} does not exist; append one of {', '.join(f':{p}' for p in PRESETS)}")
+    tiny = preset == "tiny"
+    return ConfigDict(
+        {
+            "preset": preset,
+            "seed": 0,
+            # A diffusers directory, or a workdir that port_weights made: VAE, text encoder, tokenizer, scheduler, and
+            # the transformer if it is there. "tiny" names the encoders that ship with the package.
+            "pretrained": "tiny" if tiny else "",
+            "model": model(preset),
+            "mask": "v2",  # v1..v5
+            "attention": "grouped",  # or "dense"
+            "compute_dtype": "float32" if tiny else "bfloat16",
+            "num_scenes": 3,  # of a training sample, and of the window when sampling
+            "num_frames": 9 if tiny else 49,  # pixel frames of a scene, 4k + 1
+            "height": 64 if tiny else 480,
+            "width": 112 if tiny else 720,
+            # Known scenes are shown "clean" or "noised" at t = 0.
+            "condition": "clean",
+        }
+    )
+
+
+def training(preset: str) -> ConfigDict:
+    """The fields of both training stages: the recipe of the paper's section 4.1, except for `tiny`.
+
+    pretrain.py and sft.py set those in which the stages differ.
+    """
+    config = common(preset)
+    tiny = preset == "tiny"
+    config.update(
+        {
+            # Parameters to start from: a workdir or one of its checkpoints. Else those of `pretrained`, else random.
+            "init_from": "",
+            "num_steps": 10_000,
+            "global_batch_size": 4 if tiny else 8,
+            "checkpoint_every": 200 if tiny else 500,
+            "keep_checkpoints": 2,
+            "log_every": 10,
+            "remat": "none" if tiny else "full",
+            "param_dtype": "float32",
+            "optimizer": {
+                "learning_rate": 1e-3 if tiny else 1e-5,
+                "warmup_steps": 50 if tiny else 100,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-10,
+                "weight_decay": 0.0 if tiny else 3e-2,
+                "clip_norm": 1.0 if tiny else 0.05,
+            },
+            "data": {
+                "kind": "",  # "pretrain" (csv of single clips) or "sft" (json of groups)
+                "path": "",
+                "cache": "data/cache",  # latents and text embeddings, computed once
+                "clip_variants": 8,  # cached choices of frames for each clip
+                "max_stride": 3,
+                "min_stride": 1,
+                "skip_damaged": False,
+            },
+        }
+    )
+    return config

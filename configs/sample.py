@@ -1,0 +1,31 @@
+"""Sampling: the first `num_scenes` prompts together, then one scene at a time with the last n-1 as context.
+
+    python -m mask2dit_jax.sample --config=configs/sample.py:5b --output=OUT --config.pretrained=CogVideoX-5b \\
+        --config.checkpoint=SFT_WORKDIR --config.prompts="('first scene', 'second scene', 'third scene')"
+
+Extending clips: `--config.given="('a.mp4', 'b.mp4')"`, with a prompt for each given clip before those of new scenes.
+The paper: 50 steps, guidance 6, 8 frames a second. `:tiny` samples the demo's story from `make demo`'s checkpoint.
+"""
+
+from configs import common
+
+
+def get_config(preset: str = ""):
+    config = common.common(preset)
+    tiny = preset == "tiny"
+    config.update(
+        {
+            "checkpoint": "workdir/sft" if tiny else "",  # a training workdir; empty: the transformer of `pretrained`
+            "prompts": common.TINY_STORY if tiny else (),
+            "negative_prompt": common.NEGATIVE_PROMPT,
+            "given": (),  # clips that are the story's first scenes
+            "fps": 8,
+            "sampler": {"kind": "ddim", "num_steps": 50, "previous_timestep": "official"},
+            "guidance": "static",
+            # The tiny model has seen no negative prompt: guidance would only overshoot.
+            "guidance_scale": 1.0 if tiny else 6.0,
+            "condition": "clean" if tiny else "noised",
+            "decode_chunking": "mask2dit",  # or "diffusers"
+        }
+    )
+    return config

@@ -1,0 +1,170 @@
+"""The components of a pretrained directory: what they are called, which class they are, where their weights lie.
+
+    DIR/transformer/   config.json  diffusion_pytorch_model*.safetensors
+    DIR/vae/           config.json  diffusion_pytorch_model*.safetensors
+    DIR/text_encoder/  config.json  model*.safetensors
+    DIR/tokenizer/     DIR/scheduler/scheduler_config.json
+
+is a diffusers directory, as CogVideoX and Mask2DiT are released. A component folder may hold `params/` (Orbax, our own
+layout) in place of the safetensors: what `port_weights` makes, read without any transposing.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from flax import nnx
+
+from mask2dit_jax.data.output_file import atomic_output
+from mask2dit_jax.diffusion.schedule import ScheduleConfig
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.models.t5 import T5Config, T5Encoder
+from mask2dit_jax.models.vae import VAE, VAEConfig
+from mask2dit_jax.port import dit, t5, vae
+from mask2dit_jax.port.table import Rule
+from mask2dit_jax.port.weights import load_state, open_weights, read_json, save_weights
+
+PARAMS = "params"
+_ENDS = 1 << 20
+COPIED = ("tokenizer", "scheduler")  # folders without weights: the same in every layout
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """How one folder becomes a module: its classes, its port table, and the name of its safetensors files."""
+
+    name: str
+    config_class: Any
+    module_class: Callable[..., nnx.Module]
+    table: Callable[[Any], tuple[Rule, ...]]
+    weights_name: str
+
+    def module(self, config, **kwargs) -> nnx.Module:
+        """The module without memory: every parameter is a shape."""
+        return nnx.eval_shape(lambda: self.module_class(config, rngs=nnx.Rngs(0), **kwargs))
+
+
+COMPONENTS = {
+    c.name: c
+    for c in (
+        Component("transformer", DiTConfig, DiT, dit.table, "diffusion_pytorch_model"),
+        Component("vae", VAEConfig, VAE, lambda config: vae.TABLE, "diffusion_pytorch_model"),
+        Component("text_encoder", T5Config, T5Encoder, lambda config: t5.TABLE, "model"),
+    )
+}
+
+
+def has_weights(directory: epath.PathLike, name: str) -> bool:
+    folder = epath.Path(directory) / name
+    return (folder / PARAMS).exists() or (folder.exists() and any(folder.glob("*.safetensors*")))
+
+
+def load_config(directory: epath.PathLike, name: str):
+    """The component's config, from its config.json."""
+    directory = epath.Path(directory)
+    if not directory.exists():
+        raise UserError(f"pretrained directory {directory} does not exist; give the directory that holds {name}/")
+    return COMPONENTS[name].config_class.from_json(read_json(directory / name / "config.json"))
+
+
+def load_schedule(directory: epath.PathLike) -> ScheduleConfig:
+    return ScheduleConfig.from_json(read_json(epath.Path(directory) / SCHEDULER_CONFIG))
+
+
+def load_params(directory: epath.PathLike, name: str, config, *, dtype=None, shardings=None) -> nnx.State:
+    """The component's parameters, on the devices of `shardings` (a tree like the state, or one for all; or none).
+
+    Args:
+        dtype: of the parameters; None keeps that of the file.
+    """
+    component, folder = COMPONENTS[name], epath.Path(directory) / name
+    state = nnx.state(component.module(config))
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, state)
+    logging.info("reading %s", folder)
+    if (folder / PARAMS).exists():
+        return _restore(folder / PARAMS, state, dtype, shardings)
+    return load_state(
+        component.table(config), open_weights(folder), state, dtype=dtype, shardings=shardings, what=str(folder)
+    )
+
+
+def _restore(folder: epath.Path, state, dtype, shardings) -> nnx.State:
+    checkpointer = ocp.StandardCheckpointer()
+    stored = jax.tree.leaves(checkpointer.metadata(folder.absolute()).item_metadata)
+    leaves, tree = jax.tree.flatten(state)
+    places = jax.tree.leaves(shardings) if shardings is not None else [None] * len(leaves)
+    targets = [
+        jax.ShapeDtypeStruct(leaf.shape, dtype or entry.dtype, sharding=place)
+        for leaf, entry, place in zip(leaves, stored, places, strict=True)
+    ]
+    return checkpointer.restore(folder.absolute(), tree.unflatten(targets))
+
+
+def load_module(directory: epath.PathLike, name: str, *, dtype, param_dtype=None, shardings=None) -> nnx.Module:
+    """A component ready to run: computation in `dtype`, parameters kept in `param_dtype` (None: as stored)."""
+    config = load_config(directory, name)
+    graph, _ = nnx.split(COMPONENTS[name].module(config, dtype=dtype))
+    return nnx.merge(graph, load_params(directory, name, config, dtype=param_dtype, shardings=shardings))
+
+
+def save_diffusers(directory: epath.PathLike, name: str, config, params: nnx.State, *, dtype=None) -> None:
+    """Writes the component as diffusers (or transformers) reads it."""
+    component, folder = COMPONENTS[name], epath.Path(directory) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config.to_json())
+    save_weights(component.table(config), params, folder, name=component.weights_name, dtype=dtype)
+
+
+def write_json(path: epath.Path, raw: dict) -> None:
+    with atomic_output(path) as local:
+        local.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def save_params(directory: epath.PathLike, name: str, config, params: nnx.State) -> None:
+    """Writes the component in our own layout."""
+    folder = epath.Path(directory) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / PARAMS).absolute(), params, force=True)
+    write_json(folder / "config.json", config.to_json())
+
+
+def fingerprint(directory: epath.PathLike, names: Iterable[str]) -> str:
+    """Tells apart directories whose components differ: a hash of every file's name, size and both ends.
+
+    Not of whole files: the text encoder alone has 10 GB or more, and weights that differ at all differ in their ends.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        folder = epath.Path(directory) / name
+        for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+            size = file.stat().length
+            digest.update(f"{file.relative_to(folder)} {size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(_ENDS))
+                stream.seek(max(0, size - _ENDS))
+                digest.update(stream.read(_ENDS))
+    return digest.hexdigest()[:16]
+
+
+def copy_rest(source: epath.PathLike, target: epath.PathLike) -> list[str]:
+    """Copies the folders that hold no weights; returns the names of those that the source has."""
+    copied = []
+    for name in COPIED:
+        folder = epath.Path(source) / name
+        if not folder.exists():
+            continue
+        (epath.Path(target) / name).mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            file.copy(epath.Path(target) / name / file.name, overwrite=True)
+        copied.append(name)
+    return copied

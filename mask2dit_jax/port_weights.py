@@ -1,0 +1,109 @@
+"""Ports weights between a diffusers directory and our own layout, either way.
+
+    python -m mask2dit_jax.port_weights --from=CogVideoX-5b --to=WORKDIR
+    python -m mask2dit_jax.port_weights --from=WORKDIR --to=DIR
+
+A diffusers directory (transformer/ vae/ text_encoder/ tokenizer/ scheduler/) becomes a workdir that a run can start
+from, `--config.pretrained=WORKDIR`. A workdir or a checkpoint becomes a diffusers directory; the frozen components come
+from where the run had them. What is not there is named, and left out.
+"""
+
+from absl import flags, logging
+from etils import epath
+from flax import nnx
+
+from mask2dit_jax import setup_run
+from mask2dit_jax.errors import UserError, run_main
+from mask2dit_jax.port import pretrained as port
+from mask2dit_jax.training import checkpoint
+from mask2dit_jax.transformer import TransformerSource
+
+_FROM = flags.DEFINE_string("from", None, "A diffusers directory, a workdir or a checkpoint.", required=True)
+_TO = flags.DEFINE_string("to", None, "A new folder; a workdir if --from is a diffusers directory, else the other way.")
+_DTYPE = flags.DEFINE_enum("dtype", None, list(setup_run.DTYPES), "Type of the parameters written; default: as stored.")
+flags.mark_flag_as_required("to")
+
+FROZEN = ("vae", "text_encoder")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise UserError(f"what is {argv[1]}? name the folders with --from=DIR --to=DIR")
+    logging.set_verbosity(logging.INFO)
+    source, target = epath.Path(_FROM.value), epath.Path(_TO.value)
+    dtype = _DTYPE.value and setup_run.resolve_dtype(_DTYPE.value)
+    _check(source, target)
+    if checkpoint.has_checkpoint(source):
+        written = _to_diffusers(source, target, dtype)
+    else:
+        written = _to_workdir(source, target, dtype)
+    print(f"{target}: {', '.join(written)}")
+
+
+def _check(source: epath.Path, target: epath.Path):
+    if not source.exists():
+        raise UserError(f"--from={source} does not exist; give a diffusers directory, a workdir or a checkpoint")
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"--to={target} is not empty; give a new folder, so that nothing there is overwritten")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to={target} cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _to_workdir(source: epath.Path, target: epath.Path, dtype) -> list[str]:
+    """Reads every config before any weights, and one component at a time."""
+    names = [name for name in port.COMPONENTS if (source / name).exists()]
+    if not names:
+        raise UserError(f"{source} holds none of {', '.join(port.COMPONENTS)}; is it a diffusers directory?")
+    configs = {name: port.load_config(source, name) for name in names}
+    written = port.copy_rest(source, target)
+    for name, config in configs.items():
+        params = port.load_params(source, name, config, dtype=dtype)
+        if name == "transformer":
+            checkpoint.save_params(target, params, {"model": config.to_json(), "pretrained": str(target)})
+        else:
+            port.save_params(target, name, config, params)
+        del params
+        written.append(name)
+    _name_missing(written)
+    return written
+
+
+def _to_diffusers(source: epath.Path, target: epath.Path, dtype) -> list[str]:
+    transformer = TransformerSource.require(source)
+    config = transformer.config()
+    abstract = checkpoint.stored_shapes(transformer.folder, nnx.state(port.COMPONENTS["transformer"].module(config)))
+    port.save_diffusers(target, "transformer", config, transformer.load(abstract), dtype=dtype)
+    written = ["transformer"]
+    frozen = _frozen_directory(source, transformer)
+    if frozen is None:
+        logging.warning("the run's pretrained directory is not there any more: only the transformer is written")
+        return written
+    for name in FROZEN:
+        if port.has_weights(frozen, name):
+            config = port.load_config(frozen, name)
+            port.save_diffusers(target, name, config, port.load_params(frozen, name, config), dtype=dtype)
+            written.append(name)
+    written += port.copy_rest(frozen, target)
+    _name_missing(written)
+    return written
+
+
+def _frozen_directory(source: epath.Path, transformer: TransformerSource) -> epath.Path | None:
+    """Where the VAE and the text encoder are: beside a ported checkpoint, or where the run's config says."""
+    if any(port.has_weights(source, name) for name in FROZEN):
+        return source
+    recorded = checkpoint.read_record(transformer.folder)["pretrained"]
+    directory = epath.Path(setup_run.pretrained_directory(recorded))
+    return directory if directory.exists() else None
+
+
+def _name_missing(written: list[str]):
+    missing = [name for name in (*port.COMPONENTS, *port.COPIED) if name not in written]
+    if missing:
+        logging.warning("not there, so not written: %s", ", ".join(missing))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,130 @@
+"""Samples a story: fixed scenes, then auto-regressive extension to as many scenes as there are prompts.
+
+    python -m mask2dit_jax.sample --config=configs/sample.py:tiny --output=OUT
+
+writes OUT/story.mp4, OUT/scene_01.mp4 ..., OUT/storyboard.png and OUT/run.json.
+"""
+
+import jax
+import numpy as np
+from absl import flags, logging
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from mask2dit_jax import setup_run
+from mask2dit_jax.data.output_file import atomic_output
+from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
+from mask2dit_jax.data.transforms import fit_frames
+from mask2dit_jax.data.video import probe, read_frames
+from mask2dit_jax.data.video_writer import write_video
+from mask2dit_jax.diffusion.samplers import SamplerConfig
+from mask2dit_jax.diffusion.schedule import NoiseSchedule
+from mask2dit_jax.encoders import TextEncoder, VideoCodec
+from mask2dit_jax.errors import UserError, run_main
+from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.port import pretrained as port
+from mask2dit_jax.sampling.extend import Window, generate_story, plan_windows
+from mask2dit_jax.sampling.generate import SamplingConfig, WindowSampler
+from mask2dit_jax.transformer import TransformerSource
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sample.py:tiny.", lock_config=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the results.")
+flags.mark_flags_as_required(["config", "output"])
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
+    logging.set_verbosity(logging.INFO)
+    config, output = _CONFIG.value, epath.Path(_OUTPUT.value)
+    logging.info("config:\n%s", config)
+    prompts, given = tuple(config.prompts), tuple(config.given)
+    windows = plan_windows(len(prompts), config.num_scenes, len(given))
+    logging.info("plan: %d scenes in %d windows of up to %d", len(prompts), len(windows), config.num_scenes)
+    with atomic_output(output / "run.json") as path:  # also finds out early whether the output can be written
+        path.write_text(config.to_json_best_effort(indent=2))
+
+    pretrained = setup_run.resolve_pretrained(config)
+    vae_config = port.load_config(pretrained, "vae")
+    source = TransformerSource.require(config.checkpoint or pretrained)
+    model_config = setup_run.with_run_settings(source.config(), config)
+    layout = setup_run.scene_layout(config, model_config, vae_config)
+    sampling = SamplingConfig(
+        SamplerConfig(**config.sampler.to_dict()), config.guidance, config.guidance_scale, config.condition
+    )
+    dtype = setup_run.resolve_dtype(config.compute_dtype)
+    text = _encode_prompts(config, pretrained, model_config, dtype)  # T5 is freed before the transformer comes
+    codec = VideoCodec(pretrained, dtype, config.decode_chunking)
+    key = jax.random.key(config.seed)
+    given_latents = [
+        codec.sample(_read_given(path, config), jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), number))
+        for number, path in enumerate(tqdm(given, desc="encoding given clips", disable=not given))
+    ]
+    schedule = NoiseSchedule(port.load_schedule(pretrained))
+    sampler = WindowSampler(*_load_transformer(source, model_config, dtype), schedule, sampling)
+    latent_size = [side // vae_config.spatial_compression_ratio for side in (config.height, config.width)]
+    story = generate_story(
+        sampler,
+        text[1:],
+        text[0],
+        window=config.num_scenes,
+        scene_layout=lambda frames: model_config.layout(tuple(frames), *latent_size),
+        scene_shape=(layout.frames[0], *latent_size, model_config.latent_channels),
+        key=key,
+        given=given_latents,
+        progress=_progress,
+    )
+    frames = {number: codec.decode(latents) for number, latents in enumerate(given_latents)}
+    for number, latents in story:
+        frames[number] = codec.decode(latents)
+        write_video(output / f"scene_{number + 1:02d}.mp4", frames[number], config.fps)
+    _write_story(output, config, prompts, frames, windows)
+    print(f"{output / 'story.mp4'}\n{output / 'storyboard.png'}")
+
+
+def _load_transformer(source: TransformerSource, config: DiTConfig, dtype):
+    """Graph and parameters, kept in the dtype of the computation."""
+    model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+    graph, abstract = nnx.split(model)
+    return graph, source.load(abstract)
+
+
+def _encode_prompts(config: ConfigDict, pretrained, model_config: DiTConfig, dtype) -> np.ndarray:
+    """(1 + n, t, x): the negative prompt, then every scene's."""
+    encode = TextEncoder(pretrained, model_config.text_tokens, dtype)
+    return encode([config.negative_prompt, *config.prompts])
+
+
+def _read_given(path: str, config: ConfigDict) -> np.ndarray:
+    """The first frames of a clip, at the story's frame rate, as the VAE takes them."""
+    info = probe(path)
+    stride = max(1, round(info.fps / config.fps))
+    needed = (config.num_frames - 1) * stride + 1
+    if info.num_frames < needed:
+        raise UserError(
+            f"{path}: {info.num_frames} frames are too few; {config.num_frames} frames at {config.fps} a second need "
+            f"{needed} of its {info.fps:g} a second; give a longer clip or lower num_frames"
+        )
+    return fit_frames(read_frames(path, np.arange(config.num_frames) * stride), (config.height, config.width))
+
+
+def _progress(window: Window):
+    scenes = ", ".join(str(scene + 1) for scene in window.new_scenes)
+    return lambda steps: tqdm(steps, desc=f"scene {scenes}", unit="step")
+
+
+def _write_story(output: epath.Path, config: ConfigDict, prompts, frames, windows):
+    write_video(output / "story.mp4", np.concatenate([frames[i] for i in range(len(prompts))]), config.fps)
+    labels = {i: f"given: {path}" for i, path in enumerate(config.given)}
+    for window in windows:
+        if window.num_known:
+            context = f"{window.start + 1}-{window.start + window.num_known}"
+            labels |= dict.fromkeys(window.new_scenes, f"extended from scenes {context}")
+    rows = [StoryboardScene(prompt, frames[i], labels.get(i, "")) for i, prompt in enumerate(prompts)]
+    write_storyboard(output / "storyboard.png", rows)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,67 @@
+"""From a run config (ml_collections) to the frozen dataclasses and sizes that the package works with."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.vae import VAEConfig
+
+ASSETS = Path(__file__).parent / "assets"
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def resolve_dtype(name: str):
+    if name not in DTYPES:
+        why = " (its range is too small for these weights: black video and NaN)" if name == "float16" else ""
+        raise UserError(f"precision {name!r} is not supported{why}; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def resolve_pretrained(config: ConfigDict) -> Path | str:
+    """The directory of the frozen components."""
+    if not config.pretrained:
+        raise UserError(
+            "no pretrained weights: set --config.pretrained=DIR to a diffusers directory of CogVideoX or Mask2DiT"
+        )
+    return pretrained_directory(config.pretrained)
+
+
+def pretrained_directory(name: str) -> Path | str:
+    """ "tiny" is the directory that ships with the package; any other name is a directory."""
+    return ASSETS / "tiny" if name == "tiny" else name
+
+
+def check_sizes(config: ConfigDict, vae: VAEConfig, patch_size: int) -> None:
+    multiple = vae.spatial_compression_ratio * patch_size
+    for name in ("height", "width"):
+        if config[name] < multiple or config[name] % multiple:
+            raise UserError(f"{name}={config[name]} is no multiple of {multiple} (VAE times patch); choose one")
+    time = vae.temporal_compression_ratio
+    if config.num_frames < 1 or config.num_frames % time != 1:
+        nearest = max(1, round((config.num_frames - 1) / time) * time + 1)
+        raise UserError(f"num_frames={config.num_frames} is not of the form {time}k + 1; the nearest is {nearest}")
+    if config.num_scenes < 1:
+        raise UserError(f"num_scenes={config.num_scenes} must be at least 1")
+
+
+def scene_layout(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> SceneLayout:
+    """Of one training sample, or of one sampling window."""
+    check_sizes(config, vae, model.patch_size)
+    frames = (config.num_frames - 1) // vae.temporal_compression_ratio + 1
+    space = vae.spatial_compression_ratio
+    return model.layout((frames,) * config.num_scenes, config.height // space, config.width // space)
+
+
+def model_from_scratch(config: ConfigDict) -> DiTConfig:
+    return DiTConfig(**config.model.to_dict())
+
+
+def with_run_settings(model: DiTConfig, config: ConfigDict) -> DiTConfig:
+    """The sizes of `model`, run as the config says."""
+    remat = config.get("remat", "none")
+    return dataclasses.replace(model, mask=config.mask, attention=config.attention, remat=remat)
