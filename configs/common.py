@@ -17,6 +17,15 @@ NEGATIVE_PROMPT = (
     "solid. Strange body and strange trajectory. Distortion. "
 )
 
+# The demo's shots, word for word as in its training data.
+TINY_STORY = (
+    "From straight above, the long white roof of a bus slides along a grey street.",
+    "Actor1 (a man in a dark suit) cycles between gleaming dark cars, then a TAXI sign slides past.",
+    "Actor2 (a cyclist in black with a helmet) waits on a bicycle beside a dark van with red lights.",
+    "A parked bicycle leans on a green railing beside a wide street of brick houses.",
+    "Actor3 (a man in black trousers) walks past an old bicycle that leans on a grey wall.",
+)
+
 
 def model(preset: str) -> ConfigDict:
     """Sizes of the transformer when it is trained from scratch; pretrained weights bring their own."""

@@ -16,4 +16,5 @@ def get_config(preset: str = ""):
     config.condition_probability = 0.0
     if preset == "tiny":
         config.num_steps = 300
+        config.data.max_stride = 2  # the shortest shot has 30 frames
     return config

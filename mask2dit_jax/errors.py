@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from logging import WARNING
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UserError(Exception):
@@ -20,12 +21,19 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
 
 def _reporting(main):
     def wrapped(argv):
+        logging.set_verbosity(logging.INFO)
+        logging.get_absl_handler().addFilter(_is_worth_reading)
         try:
             main(argv)
         except UserError as error:
             _die(error)
 
     return wrapped
+
+
+def _is_worth_reading(record) -> bool:
+    """Orbax logs its inner life through absl too; of libraries, only warnings are for the user."""
+    return record.levelno >= WARNING or "mask2dit_jax" in record.pathname
 
 
 def _parse_flags(argv):

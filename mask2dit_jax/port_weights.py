@@ -29,7 +29,6 @@ FROZEN = ("vae", "text_encoder")
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? name the folders with --from=DIR --to=DIR")
-    logging.set_verbosity(logging.INFO)
     source, target = epath.Path(_FROM.value), epath.Path(_TO.value)
     dtype = _DTYPE.value and setup_run.resolve_dtype(_DTYPE.value)
     _check(source, target)

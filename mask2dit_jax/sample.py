@@ -37,7 +37,6 @@ flags.mark_flags_as_required(["config", "output"])
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
-    logging.set_verbosity(logging.INFO)
     config, output = _CONFIG.value, epath.Path(_OUTPUT.value)
     logging.info("config:\n%s", config)
     prompts, given = tuple(config.prompts), tuple(config.given)
@@ -107,7 +106,7 @@ def _read_given(path: str, config: ConfigDict) -> np.ndarray:
             f"{path}: {info.num_frames} frames are too few; {config.num_frames} frames at {config.fps} a second need "
             f"{needed} of its {info.fps:g} a second; give a longer clip or lower num_frames"
         )
-    return fit_frames(read_frames(path, np.arange(config.num_frames) * stride), (config.height, config.width))
+    return fit_frames(read_frames(path, range(0, needed, stride)), (config.height, config.width))
 
 
 def _progress(window: Window):

@@ -41,7 +41,6 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
-    logging.set_verbosity(logging.INFO)
     config, workdir = _CONFIG.value, _WORKDIR.value
     logging.info("config:\n%s", config)
     mesh = meshes.make_mesh()

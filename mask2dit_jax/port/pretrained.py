@@ -12,7 +12,7 @@ layout) in place of the safetensors: what `port_weights` makes, read without any
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -146,7 +146,7 @@ def fingerprint(directory: epath.PathLike, names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in sorted(names):
         folder = epath.Path(directory) / name
-        for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        for file in _files(folder):
             size = file.stat().length
             digest.update(f"{file.relative_to(folder)} {size}".encode())
             with file.open("rb") as stream:
@@ -154,6 +154,11 @@ def fingerprint(directory: epath.PathLike, names: Iterable[str]) -> str:
                 stream.seek(max(0, size - _ENDS))
                 digest.update(stream.read(_ENDS))
     return digest.hexdigest()[:16]
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        yield from _files(path) if path.is_dir() else (path,)
 
 
 def copy_rest(source: epath.PathLike, target: epath.PathLike) -> list[str]:

@@ -80,12 +80,17 @@ class WindowSampler:
             progress: wraps the steps, e.g. tqdm.
             on_step: called with the latents after every step.
         """
-        state, x = self._sampler.init(latents), latents
         text = jnp.concatenate([negative_text, text]) if self._config.guided else text
+        # Onto the parameters' devices: what jit sees must not differ from step to step or from window to window, or it
+        # compiles again.
+        place = jax.tree.leaves(self._params)[0].sharding
+        place = jax.sharding.NamedSharding(place.mesh, jax.P()) if hasattr(place, "mesh") else place
+        state, latents, text, key = jax.device_put((self._sampler.init(latents), latents, text, key), place)
+        x = latents
         for step in progress(range(self.num_steps)):
             scale = np.float32(self._scales[step])
             state, x = self._step(self._params, state, x, latents, text, is_known, scale, key, layout=layout)
-            on_step(x)
+            on_step(x.block_until_ready())  # a step takes seconds; a progress bar that runs ahead would lie
         return x
 
 

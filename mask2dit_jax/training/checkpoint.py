@@ -54,7 +54,7 @@ def save_params(workdir: epath.PathLike, params: nnx.State, record: dict[str, An
 def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> TrainState:
     """The newest checkpoint, onto the shardings of `abstract` (shapes and dtypes of the state)."""
     step = manager.latest_step()
-    if "train" not in manager.item_metadata(step).keys():  # noqa: SIM118 - no dict
+    if not (manager.directory / str(step) / "train").exists():
         raise UserError(
             f"{manager.directory} holds parameters without a training state, so no run can resume there; "
             f"start one in another workdir with --config.init_from={manager.directory.parent}"
@@ -102,7 +102,9 @@ def read_record(checkpoint: epath.Path) -> dict[str, Any]:
 def load_params(checkpoint: epath.Path, abstract: nnx.State) -> nnx.State:
     """The parameters of a checkpoint, onto the shardings and dtypes of `abstract`."""
     stored_shapes(checkpoint, abstract)
-    return ocp.StandardCheckpointer().restore((checkpoint / "params").absolute(), abstract)
+    with _reader(checkpoint) as manager:
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return manager.restore(int(checkpoint.name), args=args).params
 
 
 def stored_shapes(checkpoint: epath.Path, abstract: nnx.State) -> nnx.State:
@@ -111,9 +113,15 @@ def stored_shapes(checkpoint: epath.Path, abstract: nnx.State) -> nnx.State:
     Raises:
         UserError: its shapes are not those of `abstract`; Orbax would report that as a page of tree differences.
     """
-    metadata = ocp.StandardCheckpointer().metadata((checkpoint / "params").absolute()).item_metadata
+    with _reader(checkpoint) as manager:
+        stored = jax.tree.leaves(manager.item_metadata(int(checkpoint.name)).params)
     leaves, tree = jax.tree.flatten(abstract)
-    stored = jax.tree.leaves(metadata)
     if [tuple(leaf.shape) for leaf in stored] != [tuple(leaf.shape) for leaf in leaves]:
         raise UserError(f"checkpoint {checkpoint} is of a model of other sizes than its record says; use another one")
     return tree.unflatten([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in stored])
+
+
+def _reader(checkpoint: epath.Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    registry = {"params": ocp.StandardCheckpointHandler()}
+    return ocp.CheckpointManager(checkpoint.parent.absolute(), options=options, item_handlers=registry)

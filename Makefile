@@ -1,0 +1,48 @@
+# make demo    sets up and runs the main job on two CPU cores      make test    sets up and runs the tests
+# make setup   .venv with everything the tests need                make lint    style, import order, layering
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CPU := JAX_PLATFORMS=cpu
+
+.PHONY: setup demo test lint clean
+
+# Stamps, so that a second run installs nothing; they are older than setup.py when it has changed.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created setup.py
+	@echo "installing the package (a few minutes the first time)"
+	$(PIP_INSTALL) --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.created setup.py
+	@echo "installing the package and what its tests need (a few minutes the first time)"
+	$(PIP_INSTALL) --editable ".[demo,test]"
+	@touch $@ $(VENV)/.demo
+
+setup: $(VENV)/.test
+
+demo: $(VENV)/.demo
+	rm -rf demo workdir/pretrain workdir/sft
+	$(CPU) $(BIN)/python -m mask2dit_jax.build_data --output=data/demo
+	$(CPU) $(BIN)/python -m mask2dit_jax.train --config=configs/pretrain.py:tiny --workdir=workdir/pretrain
+	$(CPU) $(BIN)/python -m mask2dit_jax.train --config=configs/sft.py:tiny --workdir=workdir/sft
+	$(CPU) $(BIN)/python -m mask2dit_jax.sample --config=configs/sample.py:tiny --output=demo
+	$(CPU) $(BIN)/python -m mask2dit_jax.report --story=demo --shots=data/demo/pretrain.csv
+
+test: setup
+	$(CPU) $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo data workdir

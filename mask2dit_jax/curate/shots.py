@@ -1,0 +1,89 @@
+"""Cutting long videos into shots: PySceneDetect finds the cuts, each shot becomes a file of its own."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scenedetect import ContentDetector, FrameTimecode
+from tqdm import tqdm
+
+from mask2dit_jax.data.video import iter_frames, probe
+from mask2dit_jax.data.video_writer import write_video
+from mask2dit_jax.errors import UserError
+
+_DETECTION_WIDTH = 256  # pixels; PySceneDetect's own programs look at videos in about this size
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """Frames `start` up to, but without, `stop` of a video; `number` counts its shots from 1."""
+
+    video: Path
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.video.stem}-{self.number}"
+
+    @property
+    def num_frames(self) -> int:
+        return self.stop - self.start
+
+
+def find_shots(video: str | Path, threshold: float = 27.0) -> list[Shot]:
+    """All shots of a video in order; together they are the whole of it.
+
+    The detector is fed with our own frames: `scenedetect.detect` computes frame numbers from time stamps, which in a
+    video of varying frame rate are not the numbers of the frames that a decoder gives.
+
+    Args:
+        threshold: how unlike two frames in a row must be for a cut (ContentDetector; 27 is PySceneDetect's default).
+
+    Raises:
+        UserError: the video cannot be read.
+    """
+    video = Path(video)
+    info = probe(video)
+    detector = ContentDetector(threshold=threshold)
+    factor = max(1, info.width // _DETECTION_WIDTH)
+    cuts, stop = [], 0
+    for frame in tqdm(iter_frames(video), f"finding cuts in {video.name}", info.num_frames, unit="frame"):
+        small = np.asarray(Image.fromarray(frame).reduce(factor))
+        cuts += detector.process_frame(FrameTimecode(stop, info.fps), small[:, :, ::-1])  # it wants BGR
+        stop += 1
+    bounds = [0, *sorted({cut.frame_num for cut in cuts}), stop]
+    return [Shot(video, number, *bound) for number, bound in enumerate(itertools.pairwise(bounds), 1)]
+
+
+def write_shots(shots: Sequence[Shot], folder: str | Path) -> list[Path]:
+    """Writes each shot of one video to `folder/<name>.mp4`, re-encoded at the same frame rate in high quality.
+
+    A file that is there already, whole and newer than the video, is kept. One shot at a time is in memory.
+
+    Raises:
+        UserError: the video cannot be read, or a file cannot be written.
+    """
+    paths = [Path(folder) / f"{shot.name}.mp4" for shot in shots]
+    frames, position = iter_frames(shots[0].video), 0
+    fps = float(probe(shots[0].video).fps)
+    for shot, path in zip(shots, tqdm(paths, f"writing shots of {shots[0].video.name}", unit="shot"), strict=True):
+        if not _is_written(shot, path):
+            collections.deque(itertools.islice(frames, shot.start - position), maxlen=0)  # skips them
+            write_video(path, np.stack(list(itertools.islice(frames, shot.num_frames))), fps)
+            position = shot.stop
+    return paths
+
+
+def _is_written(shot: Shot, path: Path) -> bool:
+    if not path.exists() or path.stat().st_mtime < shot.video.stat().st_mtime:
+        return False
+    try:
+        return probe(path).num_frames == shot.num_frames
+    except UserError:  # left by a kill or damaged since; it is written again
+        return False

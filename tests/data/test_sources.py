@@ -1,0 +1,112 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from mask2dit_jax.data.sources import (
+    Clip,
+    Group,
+    read_pretrain_csv,
+    read_sft_json,
+    write_pretrain_csv,
+    write_sft_json,
+)
+from mask2dit_jax.errors import UserError
+
+HEADER = "fps,width,height,caption,path,num_frame\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"only its presence counts")
+    return tmp_path
+
+
+def clip(folder, name, caption="a bus, seen from above"):
+    return Clip(name, folder / name, caption, 89, 23.976, 640, 272)
+
+
+def shot(**changes):
+    values = {"vid": "a", "width": 640, "height": 272, "duration": 3.712, "fps": 23.976, "url": "a.mp4", "caption": "x"}
+    return {key: value for key, value in {**values, **changes}.items() if value is not None}
+
+
+def test_csv_round_trip(folder):
+    captions = ["a bus, seen from above", 'he says "no"\nand leaves', "line\u2028separator, 汉字"]
+    clips = [clip(folder, "a.mp4", caption) for caption in captions]
+    write_pretrain_csv(folder / "pretrain.csv", clips)
+    assert (folder / "pretrain.csv").read_text().startswith(HEADER)
+    assert read_pretrain_csv(folder / "pretrain.csv") == clips
+
+
+def test_json_round_trip(folder):
+    groups = [Group("one", (clip(folder, "a.mp4"), clip(folder, "b.mp4"))), Group("two", (clip(folder, "b.mp4"),))]
+    write_sft_json(folder / "sft.json", groups)
+    assert read_sft_json(folder / "sft.json") == groups
+    assert set(json.loads((folder / "sft.json").read_text())[0]["values"][0]) == set(shot())
+
+
+def test_a_spreadsheet_s_csv(folder):
+    (folder / "d.csv").write_bytes(b"\xef\xbb\xbf" + HEADER.encode() + b"25.0,640,272,a bus,a.mp4,78.0\r\n")
+    assert read_pretrain_csv(folder / "d.csv")[0].num_frames == 78
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no column fps, width"),
+        ("fps,width,height,path,num_frame\n25,1,1,a.mp4,9\n", "no column caption; the first line must name"),
+        (HEADER, "has no rows"),
+        (HEADER + "25,640,272,a bus,a.mp4,78\n25,640,272,a bus,c.mp4,78\n", "row 2: no video at .*c.mp4"),
+        (HEADER + "25,640,272, ,a.mp4,78\n", r"row 1 \(a.mp4\): the caption is empty"),
+        (HEADER + "25,640,272,a bus,,78\n", "row 1: names no video"),
+        (HEADER + "25,640,272,a bus, red,a.mp4,78\n", "row 1: has more values than columns"),
+        (HEADER + "25,640,272,a bus,a.mp4\n", "row 1: num_frame is None; it must be a positive number"),
+        (HEADER + "25,640,272,a bus,a.mp4,many\n", "row 1: num_frame is 'many'"),
+        (HEADER + "0,640,272,a bus,a.mp4,78\n", "row 1: fps is '0'"),
+        (HEADER + '25,640,272,"a bus,a.mp4,78\n', "no valid csv after line 1"),
+    ],
+)
+def test_faults_in_a_csv(folder, content, message):
+    (folder / "data.csv").write_text(content)
+    with pytest.raises(UserError, match=f"data.csv.*{message}") as error:
+        read_pretrain_csv(folder / "data.csv")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[{", "no valid json"),
+        ("{}", "must be a list of at least one"),
+        ("[]", "must be a list of at least one"),
+        ("[3]", "entry 1: must be"),
+        (json.dumps([{"prefix": "one"}]), "entry 1: must be"),
+        (
+            json.dumps([{"prefix": "one", "values": [shot(caption=None)]}]),
+            r"entry 1 \(one\), shot 1: no caption; a shot",
+        ),
+        (json.dumps([{"prefix": "one", "values": [shot(), 3]}]), r"entry 1 \(one\), shot 2: no vid, width"),
+        (json.dumps([{"prefix": "one", "values": [shot(caption="")]}]), r"shot 1 \(a.mp4\): the caption is empty"),
+        (json.dumps([{"prefix": "one", "values": [shot(url="c.mp4")]}]), "shot 1: no video at .*c.mp4"),
+        (json.dumps([{"prefix": "one", "values": [shot(fps="fast")]}]), "shot 1: fps is 'fast'"),
+        (json.dumps([{"prefix": "one", "values": [shot(duration=-1)]}]), "shot 1: duration is -1"),
+    ],
+)
+def test_faults_in_a_json(folder, content, message):
+    (folder / "data.json").write_text(content)
+    with pytest.raises(UserError, match=f"data.json.*{message}") as error:
+        read_sft_json(folder / "data.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("read", [read_pretrain_csv, read_sft_json])
+def test_files_that_cannot_be_read(tmp_path, read):
+    with pytest.raises(UserError, match="gone: cannot be read"):
+        read(tmp_path / "gone")
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path)
+    (tmp_path / "latin").write_bytes(b"caf\xe9,\xff")
+    with pytest.raises(UserError, match="latin: is not UTF-8"):
+        read(Path(tmp_path / "latin"))
