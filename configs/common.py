@@ -28,7 +28,10 @@ TINY_STORY = (
 
 
 def model(preset: str) -> ConfigDict:
-    """Sizes of the transformer when it is trained from scratch; pretrained weights bring their own."""
+    """Sizes of the transformer when it is trained from scratch; pretrained weights bring their own.
+
+    What the VAE and the text encoder of `pretrained` decide is not said here.
+    """
     if preset == "tiny":
         return ConfigDict(
             {
@@ -36,7 +39,6 @@ def model(preset: str) -> ConfigDict:
                 "head_dim": 48,
                 "num_layers": 6,
                 "time_embed_dim": 192,
-                "text_embed_dim": 64,
                 "text_tokens": 48,
                 "sample_height": 8,
                 "sample_width": 14,

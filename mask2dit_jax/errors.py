@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from logging import WARNING
+from logging import ERROR
 
 from absl import app, flags, logging
 
@@ -32,8 +32,8 @@ def _reporting(main):
 
 
 def _is_worth_reading(record) -> bool:
-    """Orbax logs its inner life through absl too; of libraries, only warnings are for the user."""
-    return record.levelno >= WARNING or "mask2dit_jax" in record.pathname
+    """Orbax tells of its inner life through absl too; of that, only errors are for the user."""
+    return record.levelno >= ERROR or "orbax" not in record.pathname
 
 
 def _parse_flags(argv):

@@ -49,6 +49,7 @@ def main(argv):
     vae_config = port.load_config(pretrained, "vae")
     source = TransformerSource.require(config.checkpoint or pretrained)
     model_config = setup_run.with_run_settings(source.config(), config)
+    setup_run.check_encoders(model_config, pretrained)
     layout = setup_run.scene_layout(config, model_config, vae_config)
     sampling = SamplingConfig(
         SamplerConfig(**config.sampler.to_dict()), config.guidance, config.guidance_scale, config.condition

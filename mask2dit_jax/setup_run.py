@@ -10,6 +10,7 @@ from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.dit import DiTConfig
 from mask2dit_jax.models.vae import VAEConfig
+from mask2dit_jax.port.pretrained import load_config
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -57,8 +58,26 @@ def scene_layout(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> SceneL
     return model.layout((frames,) * config.num_scenes, config.height // space, config.width // space)
 
 
-def model_from_scratch(config: ConfigDict) -> DiTConfig:
-    return DiTConfig(**config.model.to_dict())
+def model_from_scratch(config: ConfigDict, pretrained) -> DiTConfig:
+    """The sizes in the config, between the VAE and the text encoder of the pretrained directory."""
+    channels = load_config(pretrained, "vae").latent_channels
+    return DiTConfig(
+        **config.model.to_dict(), latent_channels=channels, text_embed_dim=load_config(pretrained, "text_encoder").width
+    )
+
+
+def check_encoders(model: DiTConfig, pretrained) -> None:
+    """Raises UserError if the transformer was made for another VAE or text encoder."""
+    vae, text = load_config(pretrained, "vae"), load_config(pretrained, "text_encoder")
+    for what, ours, theirs in (
+        ("latent channels", model.latent_channels, vae.latent_channels),
+        ("wide text embeddings", model.text_embed_dim, text.width),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"the transformer takes {ours} {what}, {pretrained} makes {theirs}; "
+                "set --config.pretrained to the directory that it was trained with"
+            )
 
 
 def with_run_settings(model: DiTConfig, config: ConfigDict) -> DiTConfig:

@@ -49,8 +49,9 @@ def main(argv):
     with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
         pretrained = setup_run.resolve_pretrained(config)
         start, source = _find_start(config, pretrained, manager)
-        stored = source.config() if source else setup_run.model_from_scratch(config)
+        stored = source.config() if source else setup_run.model_from_scratch(config, pretrained)
         model_config = setup_run.with_run_settings(stored, config)
+        setup_run.check_encoders(model_config, pretrained)
         vae_config = port.load_config(pretrained, "vae")
         layout = setup_run.scene_layout(config, model_config, vae_config)
         objective = Objective(

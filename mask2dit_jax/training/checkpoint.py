@@ -18,8 +18,12 @@ from mask2dit_jax.training.step import TrainState
 FOLDER = "checkpoints"
 
 
-def open_manager(workdir: epath.PathLike, *, keep: int) -> ocp.CheckpointManager:
-    """Makes the workdir if need be; the newest `keep` checkpoints are kept."""
+def open_manager(workdir: epath.PathLike, *, keep: int, asynchronous: bool = True) -> ocp.CheckpointManager:
+    """Makes the workdir if need be; the newest `keep` checkpoints are kept.
+
+    Args:
+        asynchronous: saving goes on in the background, from a copy of the state in host memory.
+    """
     folder = epath.Path(workdir) / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +32,8 @@ def open_manager(workdir: epath.PathLike, *, keep: int) -> ocp.CheckpointManager
         probe.unlink()
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written ({error.strerror or error}); choose another") from error
-    return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any]) -> None:
@@ -46,7 +51,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, An
 
 def save_params(workdir: epath.PathLike, params: nnx.State, record: dict[str, Any]) -> None:
     """A checkpoint at step 0 with parameters alone: ported weights, to start a run from."""
-    with open_manager(workdir, keep=1) as manager:
+    with open_manager(workdir, keep=1, asynchronous=False) as manager:
         args = ocp.args.Composite(params=ocp.args.StandardSave(params), record=ocp.args.JsonSave(record))
         manager.save(0, args=args, force=True)
 

@@ -100,7 +100,7 @@ def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation
         is_extension = inputs[-1].any(axis=1)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "loss_fixed_sum": jnp.where(is_extension, 0, per_sample).sum(),
             "loss_extension_sum": jnp.where(is_extension, per_sample, 0).sum(),
             "num_fixed": (~is_extension).sum(),
