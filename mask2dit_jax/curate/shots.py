@@ -64,7 +64,7 @@ def find_shots(video: str | Path, threshold: float = 27.0) -> list[Shot]:
 def write_shots(shots: Sequence[Shot], folder: str | Path) -> list[Path]:
     """Writes each shot of one video to `folder/<name>.mp4`, re-encoded at the same frame rate in high quality.
 
-    A file that is there already, whole and newer than the video, is kept. One shot at a time is in memory.
+    A file that is there already, whole and newer than the video, is kept. One frame at a time is in memory.
 
     Raises:
         UserError: the video cannot be read, or a file cannot be written.
@@ -75,7 +75,7 @@ def write_shots(shots: Sequence[Shot], folder: str | Path) -> list[Path]:
     for shot, path in zip(shots, tqdm(paths, f"writing shots of {shots[0].video.name}", unit="shot"), strict=True):
         if not _is_written(shot, path):
             collections.deque(itertools.islice(frames, shot.start - position), maxlen=0)  # skips them
-            write_video(path, np.stack(list(itertools.islice(frames, shot.num_frames))), fps)
+            write_video(path, itertools.islice(frames, shot.num_frames), fps)
             position = shot.stop
     return paths
 

@@ -1,6 +1,8 @@
 """Frames -> mp4."""
 
+import itertools
 import os
+from collections.abc import Iterable
 from fractions import Fraction
 
 import av
@@ -16,33 +18,37 @@ from mask2dit_jax.errors import UserError
 _ENCODER = {"crf": "16", "preset": "medium"}
 
 
-def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "f h w 3"], fps: int | float) -> None:
+def write_video(path: str | os.PathLike, frames: Iterable[UInt8[np.ndarray, "h w 3"]], fps: int | float) -> None:
     """Writes RGB frames as H.264 (yuv420p, BT.709, index at the front): what every player and browser opens.
 
     H.264 with halved chroma needs an even size: an odd frame gets its last row or column twice. The file appears at
     `path` (local or gs://) only when it is whole.
 
     Args:
+        frames: of one size: an array (f h w 3), or frames that are made while they are written.
         fps: frames a second.
 
     Raises:
         UserError: no frames, an fps that is not positive, or a path that cannot be written.
     """
-    if not frames.size:
-        raise UserError(f"cannot write {path}: the video has no frames (shape {frames.shape})")
     if not fps > 0:
         raise UserError(f"cannot write {path}: fps must be positive, not {fps}")
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None or not first.size:
+        raise UserError(f"cannot write {path}: the video has no frames")
+    padding = ((0, first.shape[0] % 2), (0, first.shape[1] % 2), (0, 0))
     with (
         atomic_output(path) as local,
         av.open(local, "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=_ENCODER)
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = (side + side % 2 for side in first.shape[:2])
         stream.pix_fmt = "yuv420p"
         # Named and used: a player that has to guess takes BT.601 or BT.709 by the size of the picture.
         stream.codec_context.colorspace = Colorspace.ITU709
+        frames = itertools.chain([first], frames)
         for image in tqdm(frames, desc=f"writing {os.path.basename(path)}", unit="frame", delay=2):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.pad(image, padding, mode="edge"), format="rgb24")
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
         container.mux(stream.encode(None))

@@ -82,12 +82,13 @@ def test_writes_each_shot(video, tmp_path):
 def test_goes_on_where_it_stopped(video, tmp_path):
     shots = find_shots(video)
     paths = write_shots(shots, tmp_path)
-    contents = [path.read_bytes() for path in paths]
-    paths[0].write_bytes(contents[0][:-100])
+    contents = [np.stack(list(iter_frames(path))) for path in paths]
+    paths[0].write_bytes(paths[0].read_bytes()[:-100])
     paths[1].unlink()
     kept = paths[2].stat().st_mtime_ns
     assert write_shots(shots, tmp_path) == paths
-    assert [path.read_bytes() for path in paths] == contents
+    for path, frames in zip(paths, contents, strict=True):
+        assert np.abs(np.stack(list(iter_frames(path))).astype(int) - frames).mean() < 1
     assert paths[2].stat().st_mtime_ns == kept
 
 
