@@ -23,6 +23,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=11.2",
+        "protobuf>=5",  # transformers reads spiece.model through it
         "safetensors>=0.8",
         "scenedetect-headless>=0.7",
         "sentencepiece>=0.2",
@@ -37,7 +38,6 @@ setup(
             "beartype>=0.21",
             "diffusers>=0.36",
             "import-linter>=2.3",
-            "protobuf>=5",
             "pytest>=8",
             "ruff>=0.12",
             "scikit-video==1.1.11",

@@ -11,7 +11,6 @@ layout) in place of the safetensors: what `port_weights` makes, read without any
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,7 +20,6 @@ from absl import logging
 from etils import epath
 from flax import nnx
 
-from mask2dit_jax.data.output_file import atomic_output
 from mask2dit_jax.diffusion.schedule import ScheduleConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.models.dit import DiT, DiTConfig
@@ -29,7 +27,7 @@ from mask2dit_jax.models.t5 import T5Config, T5Encoder
 from mask2dit_jax.models.vae import VAE, VAEConfig
 from mask2dit_jax.port import dit, t5, vae
 from mask2dit_jax.port.table import Rule
-from mask2dit_jax.port.weights import load_state, open_weights, read_json, save_weights
+from mask2dit_jax.port.weights import load_state, open_weights, read_json, save_weights, write_json
 
 PARAMS = "params"
 _ENDS = 1 << 20
@@ -122,11 +120,6 @@ def save_diffusers(directory: epath.PathLike, name: str, config, params: nnx.Sta
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.to_json())
     save_weights(component.table(config), params, folder, name=component.weights_name, dtype=dtype)
-
-
-def write_json(path: epath.Path, raw: dict) -> None:
-    with atomic_output(path) as local:
-        local.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def save_params(directory: epath.PathLike, name: str, config, params: nnx.State) -> None:

@@ -98,9 +98,8 @@ def plan(table: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]], abstract_
                 "does its config.json belong to these weights?"
             )
         expected = targets[slot.path] if slot.layer is None else targets[slot.path][1:]
-        given = jax.eval_shape(slot.transform.to_nnx, jax.ShapeDtypeStruct(tuple(shape), np.float32)).shape
-        if given != expected or (slot.layer is not None and slot.layer >= targets[slot.path][0]):
-            wanted = jax.eval_shape(slot.transform.to_torch, jax.ShapeDtypeStruct(expected, np.float32)).shape
+        wanted = jax.eval_shape(slot.transform.to_torch, jax.ShapeDtypeStruct(expected, np.float32)).shape
+        if tuple(shape) != wanted or (slot.layer is not None and slot.layer >= targets[slot.path][0]):
             raise UserError(
                 f"{what}: tensor {key!r} has shape {tuple(shape)}, the model wants {wanted}"
                 f"{'' if slot.layer is None else f' in {targets[slot.path][0]} layers'}; "

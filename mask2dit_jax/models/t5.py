@@ -1,0 +1,202 @@
+"""T5 v1.1 encoder (gated GELU, RMS norms, relative position bias), the text encoder of CogVideoX.
+
+Reference: transformers `T5EncoderModel`, called as CogVideoX calls it: WITHOUT an attention mask. Prompts are padded to
+a fixed length, and the padding attends and is attended like any other token; released weights were trained on that.
+Axes: b batch, t u text token, x width, k head, m head dimension.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn.initializers import normal
+
+from mask2dit_jax.axes import Floats, Ints, NpInts
+from mask2dit_jax.errors import UserError
+
+ACTIVATION = "gated-gelu"  # the tanh approximation of GELU, whatever the name says: transformers' "gelu_new"
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes of the encoder; `x` width, `k` heads of `m` each (`k * m` need not be `x`)."""
+
+    vocab_size: int
+    width: int
+    hidden_width: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    norm_epsilon: float = 1e-6
+
+    @classmethod
+    def xxl(cls) -> "T5Config":
+        """The encoder of every CogVideoX: T5 v1.1 XXL, 4.76 B parameters."""
+        return cls(vocab_size=32128, width=4096, hidden_width=10240, num_layers=24, num_heads=64, head_dim=64)
+
+    @classmethod
+    def tiny(cls) -> "T5Config":
+        """The encoder that ships in `assets/tiny`; random, see recipes/tiny_text.py."""
+        return cls(vocab_size=640, width=64, hidden_width=128, num_layers=2, num_heads=4, head_dim=16)
+
+    @classmethod
+    def from_json(cls, raw: Mapping) -> "T5Config":
+        """Reads the transformers `config.json`. Raises UserError for another kind of T5 and for missing sizes."""
+        activation = raw.get("feed_forward_proj", "relu")
+        if activation != ACTIVATION:
+            raise UserError(
+                f"text encoder config: feed_forward_proj {activation!r} is not supported; "
+                f"only T5 v1.1 encoders ({ACTIVATION!r}) are"
+            )
+        values = {field.name: raw.get(_JSON_NAMES[field.name], field.default) for field in dataclasses.fields(cls)}
+        missing = [_JSON_NAMES[name] for name, value in values.items() if value is dataclasses.MISSING]
+        if missing:
+            raise UserError(
+                f"text encoder config: {', '.join(missing)} missing; is it the config.json of a T5 encoder?"
+            )
+        return cls(**values)
+
+    def to_json(self) -> dict:
+        """The `config.json` with which transformers' T5EncoderModel loads the exported weights."""
+        fixed = {
+            "architectures": ["T5EncoderModel"],
+            "model_type": "t5",
+            "feed_forward_proj": ACTIVATION,
+            "is_encoder_decoder": True,
+            "tie_word_embeddings": False,
+            "dropout_rate": 0.1,
+            "initializer_factor": 1.0,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 0,
+        }
+        return fixed | {key: getattr(self, name) for name, key in _JSON_NAMES.items()}
+
+
+_JSON_NAMES = {
+    "vocab_size": "vocab_size",
+    "width": "d_model",
+    "hidden_width": "d_ff",
+    "num_layers": "num_layers",
+    "num_heads": "num_heads",
+    "head_dim": "d_kv",
+    "num_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "norm_epsilon": "layer_norm_epsilon",
+}
+
+
+def position_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> NpInts["t u"]:
+    """Bucket of the distance from each query t to each key u.
+
+    The upper half of the buckets is for keys after the query. In each half, the first half of the buckets is one bucket
+    a distance, the rest grow logarithmically up to `max_distance`; whatever is farther shares the last one.
+    """
+    offsets = np.arange(num_tokens)[None, :] - np.arange(num_tokens)[:, None]
+    half = num_buckets // 2
+    exact = half // 2
+    distances = np.abs(offsets)
+    # fp32, as the reference computes it: a distance on the edge of two buckets must fall on the same side.
+    fractions = np.log(np.maximum(distances, 1).astype(np.float32) / exact) / np.float32(math.log(max_distance / exact))
+    logarithmic = np.minimum(exact + (fractions * (half - exact)).astype(np.int32), half - 1)
+    return (np.where(offsets > 0, half, 0) + np.where(distances < exact, distances, logarithmic)).astype(np.int32)
+
+
+class Attention(nnx.Module):
+    """Self-attention of T5: no biases, and no scaling of the logits (the initialiser of the queries absorbs it)."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs, **dtypes):
+        width, inner = config.width, config.num_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.query = _linear(width, inner, (width * config.head_dim) ** -0.5, rngs=rngs, **dtypes)
+        self.key = _linear(width, inner, width**-0.5, rngs=rngs, **dtypes)
+        self.value = _linear(width, inner, width**-0.5, rngs=rngs, **dtypes)
+        self.out = _linear(inner, width, inner**-0.5, rngs=rngs, **dtypes)
+
+    def __call__(self, x: Floats["b t x"], bias: Floats["k t t"]) -> Floats["b t x"]:
+        query, key, value = (self._split(project(x)) for project in (self.query, self.key, self.value))
+        mixed = jax.nn.dot_product_attention(query, key, value, bias=bias[None], scale=1.0)
+        return self.out(mixed.reshape(*x.shape[:-1], -1))
+
+    def _split(self, x: Floats["b t km"]) -> Floats["b t k m"]:
+        return x.reshape(*x.shape[:-1], -1, self.head_dim)
+
+
+class Mlp(nnx.Module):
+    """Gated feed-forward: `down(gelu(gate x) * up x)`."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs, **dtypes):
+        width, hidden = config.width, config.hidden_width
+        self.gate = _linear(width, hidden, width**-0.5, rngs=rngs, **dtypes)
+        self.up = _linear(width, hidden, width**-0.5, rngs=rngs, **dtypes)
+        self.down = _linear(hidden, width, hidden**-0.5, rngs=rngs, **dtypes)
+
+    def __call__(self, x: Floats["b t x"]) -> Floats["b t x"]:
+        return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs, **dtypes):
+        self.attn_norm = _rms_norm(config, rngs=rngs, **dtypes)
+        self.attn = Attention(config, rngs=rngs, **dtypes)
+        self.mlp_norm = _rms_norm(config, rngs=rngs, **dtypes)
+        self.mlp = Mlp(config, rngs=rngs, **dtypes)
+
+    def __call__(self, x: Floats["b t x"], bias: Floats["k t t"]) -> Floats["b t x"]:
+        x = x + self.attn(self.attn_norm(x), bias)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class T5Encoder(nnx.Module):
+    """Token ids -> text embeddings. The parameters of all blocks are stacked along a leading layer axis and scanned.
+
+    Random initialisation follows T5's own, so that an untrained encoder already gives O(1) embeddings.
+    """
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config = config
+        self.token_embedding = nnx.Embed(
+            config.vocab_size, config.width, embedding_init=normal(1.0), rngs=rngs, **dtypes
+        )
+        self.relative_bias = nnx.Embed(
+            config.num_buckets, config.num_heads, embedding_init=normal(config.width**-0.5), rngs=rngs, **dtypes
+        )
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked_blocks(rngs):
+            return Block(config, rngs=rngs, **dtypes)
+
+        self.blocks = stacked_blocks(rngs)
+        self.final_norm = _rms_norm(config, rngs=rngs, **dtypes)
+
+    def __call__(self, input_ids: Ints["b t"]) -> Floats["b t x"]:
+        """Embeds padded prompts; padding is not masked (see the module's docstring)."""
+        block_def, block_params = nnx.split(self.blocks)
+        bias = self.position_bias(input_ids.shape[1])
+
+        def run_block(x, params):
+            return nnx.merge(block_def, params)(x, bias), None
+
+        x, _ = jax.lax.scan(run_block, self.token_embedding(input_ids), block_params)
+        return self.final_norm(x)
+
+    def position_bias(self, num_tokens: int) -> Floats["k t t"]:
+        """Added to the attention logits of every block (in torch checkpoints it belongs to block 0)."""
+        buckets = position_buckets(num_tokens, self.config.num_buckets, self.config.max_distance)
+        return self.relative_bias(jnp.asarray(buckets)).transpose(2, 0, 1)
+
+
+def _linear(inputs: int, outputs: int, stddev: float, **kwargs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=normal(stddev), **kwargs)
+
+
+def _rms_norm(config: T5Config, **kwargs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, **kwargs)

@@ -1,0 +1,386 @@
+"""The CogVideoX 3D causal VAE (diffusers' AutoencoderKLCogVideoX), channels-last.
+
+A clip is worked through in time chunks, and the chunks are part of the function: GroupNorm takes its statistics over
+one chunk. Causal convolutions are exact across chunks, because each carries its last two input frames on; these caches
+are a pytree that goes in and comes out of every call, shaped like the modules that fill it:
+
+    features, cache = block(features, cache)        # cache None: the clip begins here
+
+The first chunk runs on its own; the equal chunks after it run through one `jax.lax.scan`, so that neither the program
+nor the memory grows with the length of the clip.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mask2dit_jax.axes import Array, Floats
+from mask2dit_jax.errors import UserError
+
+Cache = Mapping[str, Any] | None
+
+ENCODE_CHUNK = 8  # pixel frames; the first chunk takes the remainder on top
+DECODE_CHUNK = 2  # latent frames
+CHUNKINGS = ("mask2dit", "diffusers")
+LOGVAR_RANGE = (-30.0, 20.0)
+
+# What the published checkpoints have and this module assumes; any other value would be another function.
+_FIXED = {
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "invert_scale_latents": False,
+}
+_BLOCK_TYPES = {"down_block_types": "CogVideoXDownBlock3D", "up_block_types": "CogVideoXUpBlock3D"}
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """What `vae/config.json` of a diffusers directory says. Defaults are CogVideoX-2b's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    latent_channels: int = 16
+    layers_per_block: int = 3
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-6
+    temporal_compression_ratio: int = 4
+    scaling_factor: float = 1.15258426  # the DiT sees latents times this
+    sample_height: int = 480
+    sample_width: int = 720
+
+    def __post_init__(self):
+        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
+        if bad:
+            raise UserError(f"VAE block_out_channels {bad} cannot be split into norm_num_groups={self.norm_num_groups}")
+        if 2**self.time_levels != self.temporal_compression_ratio or self.time_levels >= len(self.block_out_channels):
+            raise UserError(
+                f"VAE temporal_compression_ratio={self.temporal_compression_ratio} is not supported; "
+                f"use a power of two up to {2 ** (len(self.block_out_channels) - 1)}"
+            )
+
+    @classmethod
+    def cogvideox_2b(cls) -> "VAEConfig":
+        return cls()
+
+    @classmethod
+    def cogvideox_5b(cls) -> "VAEConfig":
+        return cls(scaling_factor=0.7)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "VAEConfig":
+        """Reads diffusers' config.json. Raises UserError for a setting that would change the function."""
+        for key, value in _FIXED.items():
+            if raw.get(key, value) != value:
+                raise UserError(f"VAE config: {key}={raw[key]!r} is not supported, only {value!r}")
+        for key, value in _BLOCK_TYPES.items():
+            if set(raw.get(key, [value])) != {value}:
+                raise UserError(f"VAE config: {key}={raw[key]!r} is not supported, only {value!r}")
+        known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
+        return cls(**known | {"block_out_channels": tuple(raw["block_out_channels"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """The dict diffusers reads back as the same model."""
+        levels = len(self.block_out_channels)
+        return (
+            {"_class_name": "AutoencoderKLCogVideoX"}
+            | dataclasses.asdict(self)
+            | {"block_out_channels": list(self.block_out_channels)}
+            | {key: [value] * levels for key, value in _BLOCK_TYPES.items()}
+            | _FIXED
+        )
+
+    @property
+    def time_levels(self) -> int:
+        """How many of the levels halve the frame rate (the first ones of the encoder)."""
+        return round(math.log2(self.temporal_compression_ratio))
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class Posterior(NamedTuple):
+    """The encoder's Gaussian over latents, fp32, NOT multiplied by scaling_factor."""
+
+    mean: Array
+    logvar: Array
+
+    def sample(self, key: Array) -> Floats["b f h w c"]:
+        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape)
+
+
+class CausalConv3d(nnx.Module):
+    """3x3x3 convolution, zero-padded in space, causal in time: before the clip its first frame stands still.
+
+    Written as a 2-D convolution a time tap: on a CPU that is two to four times as fast as XLA's 3-D convolution, and
+    on an accelerator each tap still fills the matrix unit at the real widths (128 to 512).
+    """
+
+    TAPS = 3
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype, param_dtype):
+        shape = (self.TAPS, 3, 3, in_features, out_features)
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Floats["b f h w i"], past: Floats["b 2 h w i"] | None):
+        """Returns (output, the last two input frames)."""
+        frames = x.shape[1]
+        if past is None:
+            past = jnp.repeat(x[:, :1], self.TAPS - 1, axis=1)
+        x = jnp.concatenate([past, x], axis=1)
+        kernel = self.kernel[...].astype(self.dtype)
+        out = sum(_conv_frames(x[:, tap : tap + frames], kernel[tap]) for tap in range(self.TAPS))
+        return (out + self.bias[...]).astype(self.dtype), x[:, -(self.TAPS - 1) :]
+
+
+def _conv_frames(x: Floats["b f h w i"], kernel: Floats["3 3 i o"]) -> Floats["b f h w o"]:
+    """One time tap. fp32 out, so that in bfloat16 the taps are not rounded before they are added up."""
+    b, f, h, w, _ = x.shape
+    out = jax.lax.conv_general_dilated(
+        x.reshape(b * f, h, w, -1),
+        kernel,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.float32,
+    )
+    return out.reshape(b, f, h, w, -1)
+
+
+def _group_norm(features: int, config: VAEConfig, eps: float, **kinds) -> nnx.GroupNorm:
+    # Two-pass variance, as torch does it; statistics are fp32 whatever the compute type.
+    return nnx.GroupNorm(features, config.norm_num_groups, epsilon=eps, use_fast_variance=False, **kinds)
+
+
+class SpatialNorm(nnx.Module):
+    """GroupNorm whose scale and shift are read off the latents (diffusers' CogVideoXSpatialNorm3D).
+
+    Scale and shift are made on the latents' own grid and repeated onto the features' grid. That equals the reference,
+    which resizes the latents by nearest neighbour first, at a fraction of its work: the projections see single points.
+    """
+
+    def __init__(self, features: int, config: VAEConfig, **kinds):
+        self.norm = _group_norm(features, config, 1e-6, **kinds)  # not norm_eps: fixed in the reference
+        self.scale = nnx.Linear(config.latent_channels, features, bias_init=nnx.initializers.ones, **kinds)
+        self.shift = nnx.Linear(config.latent_channels, features, **kinds)
+
+    def __call__(self, x: Floats["b f h w c"], z: Floats["b f_z h_z w_z c_z"], lone_first: bool) -> Floats["b f h w c"]:
+        scale, shift = (_repeat_onto(project(z), x.shape, lone_first) for project in (self.scale, self.shift))
+        return self.norm(x) * scale + shift
+
+
+def _repeat_onto(z: Floats["b f_z h_z w_z c"], shape, lone_first: bool) -> Floats["b f h w c"]:
+    z = _repeat_time(z, (shape[1] - lone_first) // max(z.shape[1] - lone_first, 1), lone_first)
+    return jnp.repeat(jnp.repeat(z, shape[2] // z.shape[2], axis=2), shape[3] // z.shape[3], axis=3)
+
+
+def _repeat_time(x: Floats["b f_x h w c"], times: int, lone_first: bool) -> Floats["b f h w c"]:
+    """Repeats every frame, but for a lone first one: the clip's first frame has no neighbour to share a latent with."""
+    if not lone_first:
+        return jnp.repeat(x, times, axis=1)
+    return jnp.concatenate([x[:, :1], jnp.repeat(x[:, 1:], times, axis=1)], axis=1)
+
+
+def _pool_time(x: Floats["b f_x h w c"]) -> Floats["b f h w c"]:
+    """Means of frame pairs; of an odd count the first frame stays as it is."""
+    first, rest = jnp.split(x, [x.shape[1] % 2], axis=1)
+    pairs = rest.reshape(x.shape[0], -1, 2, *x.shape[2:])
+    return jnp.concatenate([first, pairs.mean(axis=2, dtype=jnp.float32).astype(x.dtype)], axis=1)
+
+
+class EncoderResnet(nnx.Module):
+    def __init__(self, in_features: int, out_features: int, config: VAEConfig, **kinds):
+        self.norm1 = _group_norm(in_features, config, config.norm_eps, **kinds)
+        self.conv1 = CausalConv3d(in_features, out_features, **kinds)
+        self.norm2 = _group_norm(out_features, config, config.norm_eps, **kinds)
+        self.conv2 = CausalConv3d(out_features, out_features, **kinds)
+        self.conv_shortcut = _shortcut(in_features, out_features, **kinds)
+
+    def __call__(self, x: Floats["b f h w i"], cache: Cache):
+        y, past1 = self.conv1(nnx.silu(self.norm1(x)), cache and cache["conv1"])
+        y, past2 = self.conv2(nnx.silu(self.norm2(y)), cache and cache["conv2"])
+        return y + self.conv_shortcut(x), {"conv1": past1, "conv2": past2}
+
+
+class DecoderResnet(nnx.Module):
+    def __init__(self, in_features: int, out_features: int, config: VAEConfig, **kinds):
+        self.norm1 = SpatialNorm(in_features, config, **kinds)
+        self.conv1 = CausalConv3d(in_features, out_features, **kinds)
+        self.norm2 = SpatialNorm(out_features, config, **kinds)
+        self.conv2 = CausalConv3d(out_features, out_features, **kinds)
+        self.conv_shortcut = _shortcut(in_features, out_features, **kinds)
+
+    def __call__(self, x: Floats["b f h w i"], z: Floats["b f_z h_z w_z c_z"], lone_first: bool, cache: Cache):
+        y, past1 = self.conv1(nnx.silu(self.norm1(x, z, lone_first)), cache and cache["conv1"])
+        y, past2 = self.conv2(nnx.silu(self.norm2(y, z, lone_first)), cache and cache["conv2"])
+        return y + self.conv_shortcut(x), {"conv1": past1, "conv2": past2}
+
+
+def _shortcut(in_features: int, out_features: int, **kinds) -> Callable:
+    """Channel counts that differ need a projection (a 1x1x1 convolution in the checkpoint)."""
+    return nnx.identity if in_features == out_features else nnx.Linear(in_features, out_features, **kinds)
+
+
+def _through(blocks, x, cache: Cache, *args):
+    """Runs `blocks` one after the other, each with its own part of the cache."""
+    filled = {}
+    for i, block in enumerate(blocks):
+        x, filled[str(i)] = block(x, *args, cache and cache[str(i)])
+    return x, filled
+
+
+class DownBlock(nnx.Module):
+    """Residual blocks, then half the height and width, and half the frames where `pool_time`."""
+
+    def __init__(self, in_features: int, features: int, config: VAEConfig, *, down: bool, pool_time: bool, **kinds):
+        widths = [in_features] + [features] * config.layers_per_block
+        self.resnets = nnx.List(EncoderResnet(i, o, config, **kinds) for i, o in itertools.pairwise(widths))
+        padding = ((0, 1), (0, 1))  # stride 2 reaches over the far edges only
+        self.downsampler = (
+            nnx.Conv(features, features, (3, 3), strides=2, padding=padding, **kinds) if down else nnx.identity
+        )
+        self.pool_time = pool_time
+
+    def __call__(self, x: Floats["b f h w c"], cache: Cache):
+        x, cache = _through(self.resnets, x, cache)
+        return self.downsampler(_pool_time(x) if self.pool_time else x), cache
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks, then twice the height and width, and twice the frames where `repeat_time`."""
+
+    def __init__(self, in_features: int, features: int, config: VAEConfig, *, up: bool, repeat_time: bool, **kinds):
+        widths = [in_features] + [features] * (config.layers_per_block + 1)
+        self.resnets = nnx.List(DecoderResnet(i, o, config, **kinds) for i, o in itertools.pairwise(widths))
+        self.upsampler = nnx.Conv(features, features, (3, 3), padding="SAME", **kinds) if up else None
+        self.repeat_time = repeat_time
+
+    def __call__(self, x: Floats["b f h w c"], z: Floats["b f_z h_z w_z c_z"], lone_first: bool, cache: Cache):
+        x, cache = _through(self.resnets, x, cache, z, lone_first)
+        if self.repeat_time:
+            x = _repeat_time(x, 2, lone_first)
+        if self.upsampler:
+            x = self.upsampler(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+        return x, cache
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: VAEConfig, **kinds):
+        widths = config.block_out_channels
+        last = len(widths) - 1
+        self.conv_in = CausalConv3d(config.in_channels, widths[0], **kinds)
+        self.down_blocks = nnx.List(
+            DownBlock(widths[max(i - 1, 0)], width, config, down=i < last, pool_time=i < config.time_levels, **kinds)
+            for i, width in enumerate(widths)
+        )
+        self.mid = nnx.List(EncoderResnet(widths[-1], widths[-1], config, **kinds) for _ in range(2))
+        self.norm_out = _group_norm(widths[-1], config, 1e-6, **kinds)
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels, **kinds)
+
+    def __call__(self, pixels: Floats["b f h w c"], cache: Cache):
+        """One chunk -> (moments, cache)."""
+        filled = {}
+        x, filled["conv_in"] = self.conv_in(pixels, cache and cache["conv_in"])
+        x, filled["down_blocks"] = _through(self.down_blocks, x, cache and cache["down_blocks"])
+        x, filled["mid"] = _through(self.mid, x, cache and cache["mid"])
+        x, filled["conv_out"] = self.conv_out(nnx.silu(self.norm_out(x)), cache and cache["conv_out"])
+        return x, filled
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: VAEConfig, **kinds):
+        widths = config.block_out_channels[::-1]
+        last = len(widths) - 1
+        self.conv_in = CausalConv3d(config.latent_channels, widths[0], **kinds)
+        self.mid = nnx.List(DecoderResnet(widths[0], widths[0], config, **kinds) for _ in range(2))
+        self.up_blocks = nnx.List(
+            UpBlock(widths[max(i - 1, 0)], width, config, up=i < last, repeat_time=i < config.time_levels, **kinds)
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = SpatialNorm(widths[-1], config, **kinds)
+        self.conv_out = CausalConv3d(widths[-1], config.out_channels, **kinds)
+
+    def __call__(self, z: Floats["b f h w c"], cache: Cache):
+        """One chunk -> (pixels, cache). Only the clip's first chunk can hold the lone first frame."""
+        lone_first = cache is None and z.shape[1] % 2 == 1
+        filled = {}
+        x, filled["conv_in"] = self.conv_in(z, cache and cache["conv_in"])
+        x, filled["mid"] = _through(self.mid, x, cache and cache["mid"], z, lone_first)
+        x, filled["up_blocks"] = _through(self.up_blocks, x, cache and cache["up_blocks"], z, lone_first)
+        x = self.norm_out(x, z, lone_first)
+        x, filled["conv_out"] = self.conv_out(nnx.silu(x), cache and cache["conv_out"])
+        return x, filled
+
+
+class VAE(nnx.Module):
+    """Pixels in [-1, 1] <-> latents. A call is one scene: nothing is carried from one call to the next."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        kinds = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.config = config
+        self.dtype = dtype
+        self.encoder = Encoder(config, **kinds)
+        self.decoder = Decoder(config, **kinds)
+
+    def encode(self, pixels: Floats["b f h w c"]) -> Posterior:
+        """Clip -> posterior of (b, 1 + (f-1)/4, h/8, w/8, latent_channels). One frame is an image.
+
+        Raises:
+            UserError: sizes are no multiple of 8, or the frames are neither 4k + 1 nor 4k.
+        """
+        _, frames, height, width, _ = pixels.shape
+        space, time = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
+        if height % space or width % space or not height or not width:
+            raise UserError(f"the VAE takes heights and widths that are multiples of {space}, not {height} x {width}")
+        if frames == 0 or frames % time > 1:
+            raise UserError(
+                f"the VAE takes clips of {time}k + 1 frames (1, {time + 1}, {2 * time + 1}, ...), not {frames}"
+            )
+        first = frames if frames < ENCODE_CHUNK else ENCODE_CHUNK + frames % ENCODE_CHUNK
+        moments = _in_chunks(self.encoder, pixels.astype(self.dtype), first, ENCODE_CHUNK)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+
+    def decode(self, latents: Floats["b f h w c"], chunking: str = "mask2dit") -> Floats["b f_p h_p w_p c_p"]:
+        """Latents as the encoder makes them (scaling_factor already divided out) -> pixels about [-1, 1], fp32.
+
+        Args:
+            chunking: "mask2dit" decodes latent 0 alone, then two at a time (the authors' code, what the released
+                weights were sampled with); "diffusers" two at a time, an odd one joining the first two.
+        """
+        if chunking not in CHUNKINGS:
+            raise UserError(f"VAE chunking {chunking!r} does not exist; choose one of {', '.join(CHUNKINGS)}")
+        frames = latents.shape[1]
+        if frames == 0:
+            raise UserError("the VAE cannot decode a clip of 0 latent frames")
+        first = 1 if chunking == "mask2dit" or frames == 1 else DECODE_CHUNK + frames % DECODE_CHUNK
+        return _in_chunks(self.decoder, latents.astype(self.dtype), first, DECODE_CHUNK).astype(jnp.float32)
+
+
+def _in_chunks(coder: Callable, x: Floats["b f h w c"], first: int, size: int) -> Floats["b f_y h_y w_y c_y"]:
+    """`first` frames, then `size` at a time through one scan, then what is left (only "mask2dit" leaves anything)."""
+    out, cache = coder(x[:, :first], None)
+    outs = [out]
+    count = (x.shape[1] - first) // size
+    if count > 1:  # a loop of one round would hide its convolutions from XLA's CPU threads: gradients 5 times slower
+        middle, x, first = x[:, first : first + count * size], x[:, first + count * size :], 0
+        chunks = jnp.moveaxis(middle.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+        cache, ys = jax.lax.scan(lambda cache, chunk: coder(chunk, cache)[::-1], cache, chunks)
+        outs.append(jnp.moveaxis(ys, 0, 1).reshape(x.shape[0], -1, *ys.shape[3:]))
+    for start in range(first, x.shape[1], size):
+        out, cache = coder(x[:, start : start + size], cache)
+        outs.append(out)
+    return jnp.concatenate(outs, axis=1)
