@@ -28,8 +28,8 @@ $(VENV)/.test: $(VENV)/.created setup.py
 
 setup: $(VENV)/.test
 
+# Each step goes on where it stopped: a demo that was interrupted, or that has run before, starts nothing over.
 demo: $(VENV)/.demo
-	rm -rf demo workdir/pretrain workdir/sft
 	$(CPU) $(BIN)/python -m mask2dit_jax.build_data --output=data/demo
 	$(CPU) $(BIN)/python -m mask2dit_jax.train --config=configs/pretrain.py:tiny --workdir=workdir/pretrain
 	$(CPU) $(BIN)/python -m mask2dit_jax.train --config=configs/sft.py:tiny --workdir=workdir/sft

@@ -35,13 +35,13 @@ def model(preset: str) -> ConfigDict:
     if preset == "tiny":
         return ConfigDict(
             {
-                "num_heads": 4,
-                "head_dim": 48,
-                "num_layers": 6,
-                "time_embed_dim": 192,
+                "num_heads": 2,
+                "head_dim": 64,
+                "num_layers": 4,
+                "time_embed_dim": 128,
                 "text_tokens": 48,
-                "sample_height": 8,
-                "sample_width": 14,
+                "sample_height": 16,  # latent rows and columns of 64 x 112 pixels; its VAE halves them only twice
+                "sample_width": 28,
                 "sample_frames": 9,
             }
         )
@@ -87,17 +87,18 @@ def training(preset: str) -> ConfigDict:
             # Parameters to start from: a workdir or one of its checkpoints. Else those of `pretrained`, else random.
             "init_from": "",
             "num_steps": 10_000,
-            "global_batch_size": 4 if tiny else 8,
+            "global_batch_size": 2 if tiny else 8,
             "checkpoint_every": 200 if tiny else 500,
             "keep_checkpoints": 2,
             "log_every": 10,
             "remat": "none" if tiny else "full",
             "param_dtype": "float32",
             "optimizer": {
-                "learning_rate": 1e-3 if tiny else 1e-5,
+                "learning_rate": 2e-3 if tiny else 1e-5,
+                "schedule": "cosine" if tiny else "constant",
                 "warmup_steps": 50 if tiny else 100,
                 "b1": 0.9,
-                "b2": 0.999,
+                "b2": 0.99 if tiny else 0.999,
                 "eps": 1e-10,
                 "weight_decay": 0.0 if tiny else 3e-2,
                 "clip_norm": 1.0 if tiny else 0.05,
@@ -106,7 +107,7 @@ def training(preset: str) -> ConfigDict:
                 "kind": "",  # "pretrain" (csv of single clips) or "sft" (json of groups)
                 "path": "",
                 "cache": "data/cache",  # latents and text embeddings, computed once
-                "clip_variants": 8,  # cached choices of frames for each clip
+                "clip_variants": 2 if tiny else 8,  # cached choices of frames for each clip
                 "max_stride": 3,
                 "min_stride": 1,
                 "skip_damaged": False,

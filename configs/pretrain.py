@@ -15,6 +15,6 @@ def get_config(preset: str = ""):
     config.data.path = "data/demo/pretrain.csv" if preset == "tiny" else ""
     config.condition_probability = 0.0
     if preset == "tiny":
-        config.num_steps = 300
+        config.num_steps = 200
         config.data.max_stride = 2  # the shortest shot has 30 frames
     return config

@@ -15,6 +15,6 @@ def get_config(preset: str = ""):
     config.data.path = "data/demo/sft.json" if preset == "tiny" else ""
     config.condition_probability = 0.5
     if preset == "tiny":
-        config.num_steps = 600
+        config.num_steps = 700
         config.init_from = "workdir/pretrain"
     return config

@@ -1,10 +1,16 @@
 """Errors a user can act on: one line that names the thing and the remedy, no traceback."""
 
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from logging import ERROR
+from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -22,13 +28,26 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
 def _reporting(main):
     def wrapped(argv):
         logging.set_verbosity(logging.INFO)
-        logging.get_absl_handler().addFilter(_is_worth_reading)
+        handler = logging.get_absl_handler()
+        handler.addFilter(_is_worth_reading)
+        handler.python_handler.setStream(_AboveProgressBars())
         try:
             main(argv)
+            return
         except UserError as error:
-            _die(error)
+            message = str(error)
+        # Out here the error and the frames it held are gone, so that an open progress bar has ended its line.
+        _die(message)
 
     return wrapped
+
+
+class _AboveProgressBars(io.TextIOBase):
+    """stderr, where a line does not run into an open progress bar."""
+
+    def write(self, text: str) -> int:
+        tqdm.write(text, sys.stderr, end="")
+        return len(text)
 
 
 def _is_worth_reading(record) -> bool:
@@ -37,18 +56,55 @@ def _is_worth_reading(record) -> bool:
 
 
 def _parse_flags(argv):
+    _check_config_file(argv)
     try:
         return flags.FLAGS(argv)
-    # ml_collections reports an unknown field as AttributeError or KeyError, a wrong type as TypeError or ValueError, a
-    # missing config file as IOError: all of them are a wrong command line here.
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
-        _die(f"{_one_line(error)} (the fields of a config are listed in the file that --config names)")
+    # ml_collections reports a field that the config lacks as KeyError, or as AttributeError of a KeyError; a value of a
+    # wrong type as TypeError or ValueError.
+    except (KeyError, AttributeError) as error:
+        _die(_unknown_field(str(error), argv))
+    except (flags.Error, TypeError, ValueError) as error:
+        _die(_wrong_flag(str(error)))
+    except ImportError as error:
+        _die(f"the config cannot be read: {error}; start in the folder that holds configs/")
+
+
+def _check_config_file(argv):
+    """ml_collections reports a missing config file only when the config is first used, as a page of attempts."""
+    for arg, following in pairwise([*argv[1:], ""]):
+        name, equals, value = arg.partition("=")
+        path = (value if equals else following).partition(":")[0]
+        if name in ("--config", "-config") and not (path.endswith(".py") and Path(path).is_file()):
+            _die(f"config file {path!r} does not exist or is no Python file; give one like configs/sft.py:tiny")
+
+
+def _unknown_field(message: str, argv) -> str:
+    """ml_collections names the field alone; the user knows it as a part of an argument."""
+    field = (re.search(r"lookup: ([\w.]+)", message) or re.match(r"\W*(\w+)", message))[1]
+    argument = next((arg for arg in argv if re.search(rf"\.{field}\b", arg.partition("=")[0])), None)
+    if argument is None:
+        return f"the config cannot be read: {message}; give a file like configs/sft.py:tiny"
+    similar = re.search(r'Did you mean "(\w+)"', message)
+    remedy = f"did you mean {similar[1]!r}?" if similar else "the file of the config lists its fields"
+    return f"{argument}: the config has no field {field!r}; {remedy}"
+
+
+def _wrong_flag(message: str) -> str:
+    unset = re.findall(r"Flag (--\w+) must have a value other than None", message)
+    if unset:
+        return f"{' and '.join(sorted(unset))} must be given; --help says what for"
+    # An error inside a config file comes with a page of traceback, its message last.
+    flag, _, cause = message.partition(": Error whilst parsing config file:")
+    if cause:
+        return f"{flag}: {cause.strip().splitlines()[-1].partition(': ')[2]}"
+    wrong_type = message.startswith("flag --config.")
+    return f"{message}; give a value of the type that the config has there" if wrong_type else message
 
 
 def _one_line(error) -> str:
     return " ".join(str(error).split())
 
 
-def _die(message):
+def _die(message) -> NoReturn:
     print(f"error: {_one_line(message)}", file=sys.stderr)
     sys.exit(1)

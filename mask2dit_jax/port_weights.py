@@ -42,8 +42,8 @@ def main(argv):
 def _check(source: epath.Path, target: epath.Path):
     if not source.exists():
         raise UserError(f"--from={source} does not exist; give a diffusers directory, a workdir or a checkpoint")
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"--to={target} is not empty; give a new folder, so that nothing there is overwritten")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"--to={target} is there already; give a new folder, so that nothing is overwritten")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -38,8 +38,9 @@ def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
     config, output = _CONFIG.value, epath.Path(_OUTPUT.value)
+    setup_run.check_values(config, "sample", "prompts")
     logging.info("config:\n%s", config)
-    prompts, given = tuple(config.prompts), tuple(config.given)
+    prompts, given = _texts(config, "prompts"), _texts(config, "given")
     windows = plan_windows(len(prompts), config.num_scenes, len(given))
     logging.info("plan: %d scenes in %d windows of up to %d", len(prompts), len(windows), config.num_scenes)
     with atomic_output(output / "run.json") as path:  # also finds out early whether the output can be written
@@ -55,20 +56,23 @@ def main(argv):
         SamplerConfig(**config.sampler.to_dict()), config.guidance, config.guidance_scale, config.condition
     )
     dtype = setup_run.resolve_dtype(config.compute_dtype)
-    text = _encode_prompts(config, pretrained, model_config, dtype)  # T5 is freed before the transformer comes
+    clips = [_read_given(path, config) for path in given]
+    prompted = (config.negative_prompt if sampling.guided else "", *prompts)
+    # T5 is freed before the transformer comes.
+    negative, *text = TextEncoder(pretrained, model_config.text_tokens, dtype)(prompted)
     codec = VideoCodec(pretrained, dtype, config.decode_chunking)
     key = jax.random.key(config.seed)
     given_latents = [
-        codec.sample(_read_given(path, config), jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), number))
-        for number, path in enumerate(tqdm(given, desc="encoding given clips", disable=not given))
+        codec.sample(clip, jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), number))
+        for number, clip in enumerate(tqdm(clips, desc="encoding given clips", disable=not given))
     ]
     schedule = NoiseSchedule(port.load_schedule(pretrained))
     sampler = WindowSampler(*_load_transformer(source, model_config, dtype), schedule, sampling)
     latent_size = [side // vae_config.spatial_compression_ratio for side in (config.height, config.width)]
     story = generate_story(
         sampler,
-        text[1:],
-        text[0],
+        np.stack(text),
+        negative,
         window=config.num_scenes,
         scene_layout=lambda frames: model_config.layout(tuple(frames), *latent_size),
         scene_shape=(layout.frames[0], *latent_size, model_config.latent_channels),
@@ -91,10 +95,12 @@ def _load_transformer(source: TransformerSource, config: DiTConfig, dtype):
     return graph, source.load(abstract)
 
 
-def _encode_prompts(config: ConfigDict, pretrained, model_config: DiTConfig, dtype) -> np.ndarray:
-    """(1 + n, t, x): the negative prompt, then every scene's."""
-    encode = TextEncoder(pretrained, model_config.text_tokens, dtype)
-    return encode([config.negative_prompt, *config.prompts])
+def _texts(config: ConfigDict, name: str) -> tuple[str, ...]:
+    """A field that holds texts; what looks like a number on the command line comes as one."""
+    for value in config[name]:
+        if not isinstance(value, str):
+            raise UserError(f"{name} holds {value!r}, which is no text; quote each: --config.{name}=\"('one', 'two')\"")
+    return tuple(config[name])
 
 
 def _read_given(path: str, config: ConfigDict) -> np.ndarray:
@@ -105,7 +111,7 @@ def _read_given(path: str, config: ConfigDict) -> np.ndarray:
     if info.num_frames < needed:
         raise UserError(
             f"{path}: {info.num_frames} frames are too few; {config.num_frames} frames at {config.fps} a second need "
-            f"{needed} of its {info.fps:g} a second; give a longer clip or lower num_frames"
+            f"{needed} of its {float(info.fps):g} a second; give a longer clip or lower num_frames"
         )
     return fit_frames(read_frames(path, range(0, needed, stride)), (config.height, config.width))
 

@@ -4,16 +4,67 @@ import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
+from absl import logging
 from ml_collections import ConfigDict
 
+from mask2dit_jax.diffusion import guidance, scenes
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models import dit, vae
 from mask2dit_jax.models.dit import DiTConfig
 from mask2dit_jax.models.vae import VAEConfig
+from mask2dit_jax.ops import attention, masks
 from mask2dit_jax.port.pretrained import load_config
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+_COUNTS = (
+    *("num_scenes", "num_steps", "global_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "fps"),
+    *("data.clip_variants", "data.min_stride", "data.max_stride", "sampler.num_steps"),
+)
+_CHOICES = {
+    "mask": masks.PREDICATES,
+    "attention": attention.IMPLEMENTATIONS,
+    "remat": dit.REMAT_POLICIES,
+    "condition": scenes.CONDITIONS,
+    "guidance": guidance.KINDS,
+    "decode_chunking": vae.CHUNKINGS,
+    "data.kind": ("pretrain", "sft"),
+}
+
+
+def check_values(config: ConfigDict, program: str, own_field: str) -> None:
+    """Raises UserError for what the config alone shows to be wrong, before anything is read or computed.
+
+    Args:
+        program: the main that runs.
+        own_field: a field that only configs for this main have.
+    """
+    if own_field not in config:
+        raise UserError(f"this config has no field {own_field!r}; give one that is made for {program}")
+    for name in _COUNTS:
+        value = _find(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    for name, known in _CHOICES.items():
+        value = _find(config, name)
+        if value is not None and value not in known:
+            raise UserError(f"{name} {value!r} does not exist; choose one of {', '.join(known)}")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed} must be between 0 and 2^32 - 1")
+    if not 0 <= config.get("condition_probability", 0) <= 1:
+        raise UserError(f"condition_probability={config.condition_probability} must be between 0 and 1")
+    if "data" in config and config.data.min_stride > config.data.max_stride:
+        raise UserError(
+            f"data.min_stride={config.data.min_stride} is more than data.max_stride={config.data.max_stride}"
+        )
+
+
+def _find(config: ConfigDict, name: str):
+    """The value of a field such as "data.kind"; None where a config has no such field."""
+    section, _, field = name.rpartition(".")
+    return (config.get(section, {}) if section else config).get(field)
 
 
 def resolve_dtype(name: str):
@@ -46,8 +97,6 @@ def check_sizes(config: ConfigDict, vae: VAEConfig, patch_size: int) -> None:
     if config.num_frames < 1 or config.num_frames % time != 1:
         nearest = max(1, round((config.num_frames - 1) / time) * time + 1)
         raise UserError(f"num_frames={config.num_frames} is not of the form {time}k + 1; the nearest is {nearest}")
-    if config.num_scenes < 1:
-        raise UserError(f"num_scenes={config.num_scenes} must be at least 1")
 
 
 def scene_layout(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> SceneLayout:
@@ -61,9 +110,8 @@ def scene_layout(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> SceneL
 def model_from_scratch(config: ConfigDict, pretrained) -> DiTConfig:
     """The sizes in the config, between the VAE and the text encoder of the pretrained directory."""
     channels = load_config(pretrained, "vae").latent_channels
-    return DiTConfig(
-        **config.model.to_dict(), latent_channels=channels, text_embed_dim=load_config(pretrained, "text_encoder").width
-    )
+    width = load_config(pretrained, "text_encoder").width
+    return DiTConfig(**config.model.to_dict(), latent_channels=channels, text_embed_dim=width, mask=config.mask)
 
 
 def check_encoders(model: DiTConfig, pretrained) -> None:
@@ -82,5 +130,9 @@ def check_encoders(model: DiTConfig, pretrained) -> None:
 
 def with_run_settings(model: DiTConfig, config: ConfigDict) -> DiTConfig:
     """The sizes of `model`, run as the config says."""
+    if model.mask != config.mask:
+        logging.warning(
+            "the weights were made with mask %s, this run takes %s (--config.mask)", model.mask, config.mask
+        )
     remat = config.get("remat", "none")
     return dataclasses.replace(model, mask=config.mask, attention=config.attention, remat=remat)

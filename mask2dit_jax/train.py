@@ -42,6 +42,7 @@ def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
     config, workdir = _CONFIG.value, _WORKDIR.value
+    setup_run.check_values(config, "train", "num_steps")
     logging.info("config:\n%s", config)
     mesh = meshes.make_mesh()
     meshes.check_batch_size(config.global_batch_size, mesh)
@@ -61,11 +62,11 @@ def main(argv):
             config.condition_probability,
             config.condition,
         )
+        graph, abstract = _abstract_model(config, model_config)
+        optimizer_config = OptimizerConfig(**config.optimizer.to_dict(), num_steps=config.num_steps)
+        optimizer = make_optimizer(optimizer_config)
         cache, samples = _prepare_data(config, pretrained, model_config)
 
-        graph, abstract = _abstract_model(config, model_config)
-        optimizer_config = OptimizerConfig(**config.optimizer.to_dict())
-        optimizer = make_optimizer(optimizer_config)
         replicated = meshes.replicated(mesh)
         state = _start_state(config, start, source, model_config, abstract, optimizer, replicated, manager)
         train_step = jax.jit(
@@ -194,8 +195,6 @@ def _prepare_data(config: ConfigDict, pretrained, model_config: DiTConfig):
             groups = read_sft_json(data.path)
             clips = [clip for group in groups for clip in group.clips]
             sampling = SftSampling(config.num_frames, min_stride=data.min_stride, max_stride=data.max_stride)
-        case _:
-            raise UserError(f"data.kind {data.kind!r} does not exist; choose pretrain or sft")
     settings = CacheSettings(
         sampling=sampling,
         size=(config.height, config.width),

@@ -86,6 +86,8 @@ class VAEConfig:
         for key, value in _BLOCK_TYPES.items():
             if set(raw.get(key, [value])) != {value}:
                 raise UserError(f"VAE config: {key}={raw[key]!r} is not supported, only {value!r}")
+        if "block_out_channels" not in raw:
+            raise UserError("VAE config: block_out_channels is missing; is this the config.json of a VAE?")
         known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         return cls(**known | {"block_out_channels": tuple(raw["block_out_channels"])})
 

@@ -4,11 +4,17 @@ import dataclasses
 
 import optax
 
+from mask2dit_jax.errors import UserError
+
+SCHEDULES = ("constant", "cosine")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Attributes:
-    warmup_steps: the learning rate rises linearly from 0 over so many steps, then stays.
+    warmup_steps: the learning rate rises linearly from 0 over so many steps.
+    schedule: what follows: "constant" (the paper), or "cosine", down to 0 at num_steps.
+    num_steps: of the run; only "cosine" needs it.
     clip_norm: the global norm that gradients are scaled down to.
     """
 
@@ -19,12 +25,23 @@ class OptimizerConfig:
     eps: float = 1e-10
     weight_decay: float = 3e-2
     clip_norm: float = 0.05
+    schedule: str = "constant"
+    num_steps: int = 0
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise UserError(
+                f"optimizer.schedule {self.schedule!r} does not exist; choose one of {', '.join(SCHEDULES)}"
+            )
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    return optax.linear_schedule(
-        0.0 if config.warmup_steps else config.learning_rate, config.learning_rate, max(config.warmup_steps, 1)
-    )
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rise = optax.linear_schedule(0.0 if warmup else peak, peak, max(warmup, 1))
+    if config.schedule == "constant":
+        return rise
+    fall = optax.cosine_decay_schedule(peak, max(config.num_steps - warmup, 1))
+    return optax.join_schedules([rise, fall], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -104,7 +104,7 @@ def random_reference(**overrides) -> AutoencoderKLCogVideoX:
 
 
 CONFIGS = {
-    "four levels": ({}, 17, (16, 24)),
+    "four levels, scanned chunks": ({}, 25, (16, 24)),
     "three levels, two layers, wide": (
         {
             "block_out_channels": (8, 12, 32),
@@ -114,7 +114,7 @@ CONFIGS = {
             "latent_channels": 6,
             "norm_num_groups": 2,
         },
-        13,
+        9,
         (12, 8),
     ),
     "frames halved once, norm_eps seen": ({"temporal_compression_ratio": 2, "norm_eps": 1e-2}, 9, (16, 16)),

@@ -1,0 +1,167 @@
+"""What the command lines of these tests share: four short videos, their data files, a model trained for two steps."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from transformers import T5Config, T5EncoderModel
+
+from mask2dit_jax import setup_run
+from mask2dit_jax.data.sources import Clip, Group, write_pretrain_csv, write_sft_json
+from mask2dit_jax.data.video_writer import write_video
+from tests.mains import process
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 160, 40), "blue": (40, 40, 200), "grey": (120, 120, 120)}
+PROMPTS = tuple(f"a {colour} picture" for colour in COLOURS)
+FRAMES, HEIGHT, WIDTH, FPS = 20, 32, 48, 8
+
+
+def settings(**fields: object) -> tuple[str, ...]:
+    """Flags that set fields of the config; "__" stands for the dot of a nested one."""
+    return tuple(f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items())
+
+
+# As small as the VAE allows.
+SMALL = settings(height=HEIGHT, width=WIDTH, num_frames=5)
+SMALL_RUN = SMALL + settings(
+    attention="dense",
+    model__num_heads=2,
+    model__head_dim=16,
+    model__num_layers=2,
+    model__time_embed_dim=16,
+    data__clip_variants=2,
+    data__max_stride=2,
+    global_batch_size=2,
+    num_steps=2,
+    log_every=1,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Commands:
+    """Runs the mains as a user does; they share compiled programs and encoded clips."""
+
+    shared: Path
+
+    def __call__(self, main: str, *arguments: object, **environment: str) -> process.Finished:
+        return process.run(self.shared, main, tuple(map(str, arguments)), environment)
+
+    def succeed(self, main: str, *arguments: object) -> process.Finished:
+        finished = self(main, *arguments)
+        assert finished.code == 0, finished.stderr
+        return finished
+
+    def fail(self, main: str, *arguments: object, **environment: str) -> str:
+        """The one line that tells a user what is wrong; nothing of Python shows."""
+        finished = self(main, *arguments, **environment)
+        assert finished.code == 1, (finished.code, finished.stderr)
+        assert "Traceback" not in finished.stderr + finished.stdout
+        *before, line = finished.stderr.removesuffix("\n").split("\n")
+        assert line.startswith("error: "), finished.stderr
+        assert not [other for other in before if "error" in other.lower()], finished.stderr
+        return line
+
+    def train_flags(self, stage: str, workdir: Path, data: Path, *more: str, **fields: object) -> tuple[object, ...]:
+        return (
+            *(f"--config=configs/{stage}.py:tiny", f"--workdir={workdir}", *SMALL_RUN),
+            *settings(**{"data__path": data, "data__cache": self.shared / "cache", "init_from": "", **fields}),
+            *more,
+        )
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory) -> Commands:
+    shared = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("JAX_PLATFORMS", "cpu")
+        environment.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
+        environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        environment.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # they are compiled in half the time
+        process.start_server()
+    return Commands(shared)
+
+
+def moving_square(colour: tuple[int, int, int], count: int = FRAMES) -> np.ndarray:
+    frames = np.full((count, HEIGHT, WIDTH, 3), colour, np.uint8)
+    for number, frame in enumerate(frames):
+        frame[8:24, number : number + 16] = 255
+    return frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Data files in `folder`; all clips are one group."""
+
+    folder: Path
+    clips: tuple[Clip, ...]
+
+    @property
+    def csv(self) -> Path:
+        return self.folder / "pretrain.csv"
+
+    @property
+    def json(self) -> Path:
+        return self.folder / "sft.json"
+
+    @classmethod
+    def write(cls, folder: Path, clips: list[Clip]) -> "Dataset":
+        dataset = cls(folder, tuple(clips))
+        write_pretrain_csv(dataset.csv, clips)
+        write_sft_json(dataset.json, [Group("colours", dataset.clips)])
+        return dataset
+
+
+def make_clip(folder: Path, name: str, caption: str, colour=(90, 90, 90), count: int = FRAMES) -> Clip:
+    path = folder / f"{name}.mp4"
+    write_video(path, moving_square(colour, count), FPS)
+    return Clip(path.name, path, caption, count, float(FPS), WIDTH, HEIGHT)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Dataset:
+    folder = tmp_path_factory.mktemp("data")
+    named = zip(COLOURS.items(), PROMPTS, strict=True)
+    return Dataset.write(folder, [make_clip(folder, name, prompt, colour) for (name, colour), prompt in named])
+
+
+@pytest.fixture(scope="session")
+def pretrain_workdir(commands, dataset, tmp_path_factory) -> Path:
+    """The workdir of two pretraining steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "pretrain"
+    commands.succeed("train", *commands.train_flags("pretrain", workdir, dataset.csv))
+    return workdir
+
+
+TINY = setup_run.ASSETS / "tiny"
+
+
+@pytest.fixture(scope="session")
+def diffusers_directory(tmp_path_factory) -> Path:
+    """Random weights of sizes that no preset has, written by diffusers and transformers themselves, in shards."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("diffusers") / "model"
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=3, attention_head_dim=16, in_channels=8, out_channels=8, num_layers=2, time_embed_dim=24,
+        text_embed_dim=20, max_text_seq_length=12, sample_height=4, sample_width=6, sample_frames=5,
+        use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=8, layers_per_block=1,
+        sample_height=HEIGHT, sample_width=WIDTH, scaling_factor=0.9,
+    )  # fmt: skip
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=640, d_model=20, d_ff=24, d_kv=6, num_heads=2, num_layers=2, feed_forward_proj="gated-gelu")
+    )
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.normal_(0, 0.2)
+    transformer.save_pretrained(folder / "transformer", max_shard_size="60KB")
+    vae.save_pretrained(folder / "vae", max_shard_size="200KB")
+    text_encoder.save_pretrained(folder / "text_encoder", max_shard_size="30KB")
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(TINY / name, folder / name)
+    return folder

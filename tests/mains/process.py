@@ -1,0 +1,52 @@
+"""`python -m mask2dit_jax.MAIN ...` in a process of its own, but forked from one that has imported JAX already.
+
+Importing takes three seconds, most command lines in these tests fail a moment later, and there are dozens of them.
+"""
+
+import dataclasses
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_SERVER = multiprocessing.get_context("forkserver")
+_IMPORTED = (
+    *("mask2dit_jax.setup_run", "mask2dit_jax.transformer", "mask2dit_jax.encoders", "mask2dit_jax.data.pipeline"),
+    *("mask2dit_jax.data.storyboard", "mask2dit_jax.curate.dataset", "mask2dit_jax.sampling.extend"),
+    *("mask2dit_jax.training.optimizer", "mask2dit_jax.parallel.mesh", "ml_collections.config_flags", "tensorboardX"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    code: int
+    stdout: str
+    stderr: str
+
+
+def start_server() -> None:
+    """What the environment says now holds for every process."""
+    _SERVER.set_forkserver_preload(list(_IMPORTED))
+    multiprocessing.forkserver.ensure_running()
+
+
+def run(folder: Path, main: str, arguments: tuple[str, ...], environment: dict[str, str]) -> Finished:
+    """Runs a main in the repository's root; `folder` takes what it prints."""
+    out, err = folder / "stdout", folder / "stderr"
+    process = _SERVER.Process(target=_run, args=(main, arguments, environment, out, err))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode is not None, f"{main} {' '.join(arguments)} does not end"
+    return Finished(process.exitcode, out.read_text(), err.read_text())
+
+
+def _run(main, arguments, environment, out, err):
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [main, *arguments]
+    runpy.run_module(f"mask2dit_jax.{main}", run_name="__main__", alter_sys=True)

@@ -1,0 +1,145 @@
+"""Command lines that a slip of the hand makes: one line that names it and says what to do, exit code 1."""
+
+import pytest
+
+from tests.mains.conftest import PROMPTS, SMALL, settings
+
+TRAIN, SAMPLE = "configs/pretrain.py:tiny", "configs/sample.py:tiny"
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--config.nope=1", ["--config.nope=1", "no field 'nope'"]),
+        ("--config.optimizer.nope=1", ["--config.optimizer.nope=1", "no field 'nope'"]),
+        ("--config.optimzer.eps=1", ["--config.optimzer.eps=1", "did you mean 'optimizer'"]),
+        ("--config.num_steps.nope=1", ["--config.num_steps.nope=1", "no field"]),
+        ("--config.num_steps=abc", ["--config.num_steps=abc", "type"]),
+        ("--config.num_steps=1.5", ["--config.num_steps=1.5", "type"]),
+        ("--config.optimizer.eps=small", ["--config.optimizer.eps=small", "type"]),
+        ("--config.data.skip_damaged=maybe", ["--config.data.skip_damaged=maybe", "type"]),
+        ("--confg=configs/sft.py:tiny", ["'confg'", "config"]),
+        ("--config.num_steps=0", ["num_steps=0", "at least 1"]),
+        ("--config.checkpoint_every=0", ["checkpoint_every=0", "at least 1"]),
+        ("--config.log_every=0", ["log_every=0", "at least 1"]),
+        ("--config.keep_checkpoints=0", ["keep_checkpoints=0", "at least 1"]),
+        ("--config.data.clip_variants=0", ["data.clip_variants=0", "at least 1"]),
+        ("--config.num_scenes=0", ["num_scenes=0", "at least 1"]),
+        ("--config.data.min_stride=3", ["min_stride=3", "max_stride=2"]),
+        ("--config.condition_probability=1.5", ["condition_probability=1.5", "between 0 and 1"]),
+        ("--config.seed=-1", ["seed=-1", "between 0"]),
+        ("--config.mask=v6", ["mask 'v6'", "v1, v2, v3, v4, v5"]),
+        ("--config.attention=flash", ["attention 'flash'", "dense, grouped"]),
+        ("--config.remat=some", ["remat 'some'", "none, full, dots"]),
+        ("--config.condition=dirty", ["condition 'dirty'", "clean, noised"]),
+        ("--config.data.kind=videos", ["data.kind 'videos'", "pretrain, sft"]),
+        ("--config.compute_dtype=float16", ["'float16'", "range is too small", "float32, bfloat16"]),
+        ("--config.param_dtype=float16", ["'float16'", "float32, bfloat16"]),
+        ("--config.height=41", ["height=41", "no multiple of"]),
+        ("--config.width=0", ["width=0", "no multiple of"]),
+        ("--config.num_frames=8", ["num_frames=8", "4k + 1", "nearest is 9"]),
+        ("--config.global_batch_size=0", ["global_batch_size", "at least 1"]),
+        ("--config.data.path=", ["--config.data.path", "csv"]),
+        ("--config.data.path=nowhere.csv", ["nowhere.csv", "give the path"]),
+        ("--config.pretrained=", ["--config.pretrained=DIR"]),
+        ("--config.pretrained=nowhere", ["nowhere does not exist", "give the directory"]),
+        ("--config.init_from=nowhere", ["nowhere", "give a training workdir"]),
+        ("junk", ["junk", "--config.field=value"]),
+    ],
+)
+def test_train(commands, dataset, tmp_path, flag, told):
+    line = commands.fail("train", *commands.train_flags("pretrain", tmp_path / "run", dataset.csv, flag))
+    assert all(words in line for words in told), line
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        (f"--config.prompts={PROMPTS[:2]}", ["2 prompts", "num_scenes=3", "at least 3"]),
+        ("--config.prompts=()", ["0 prompts", "give a prompt for every"]),
+        ("--config.prompts=(1, 2, 3)", ["prompts holds 1", "quote"]),
+        ("--config.prompts=a one, 'two", ["--config.prompts", "quotes"]),
+        ("--config.num_scenes=1", ["num_scenes must be at least 2"]),
+        ("--config.given=('one.mp4',)", ["1 given clips are too few", "give 2 clips"]),
+        (f"--config.given={('a.mp4',) * 4}", ["4 prompts for 4 given clips", "new scene"]),
+        ("--config.given=('one.mp4', 'two.mp4')", ["one.mp4: no such file"]),
+        ("--config.sampler.kind=euler", ["'euler'", "ddim, dpm"]),
+        ("--config.sampler.num_steps=1001", ["between 1 and 1000", "1001"]),
+        ("--config.guidance=much", ["guidance 'much'", "static, dynamic, dynamic_sound"]),
+        ("--config.decode_chunking=none", ["decode_chunking 'none'", "mask2dit, diffusers"]),
+        ("--config.fps=0", ["fps=0", "at least 1"]),
+        ("--config.mask=v6", ["mask 'v6'", "v1, v2, v3, v4, v5"]),
+        ("--config.compute_dtype=float16", ["'float16'", "float32, bfloat16"]),
+        ("--config.height=41", ["height=41", "no multiple of"]),
+        ("--config.checkpoint=nowhere", ["nowhere", "give a training workdir"]),
+        ("--config.checkpoint=", ["tiny", "no transformer weights"]),
+        ("junk", ["junk", "--config.field=value"]),
+    ],
+)
+def test_sample(commands, pretrain_workdir, tmp_path, flag, told):
+    fields = settings(checkpoint=pretrain_workdir)
+    if "prompts" not in flag:  # given twice, a tuple is the sum of both
+        fields += settings(prompts=PROMPTS)
+    line = commands.fail("sample", f"--config={SAMPLE}", f"--output={tmp_path / 'out'}", *SMALL, *fields, flag)
+    assert all(words in line for words in told), line
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "told"),
+    [
+        ("train", [], ["--config and --workdir must be given"]),
+        ("train", [f"--config={TRAIN}"], ["--workdir must be given"]),
+        ("train", ["--workdir=run"], ["--config must be given"]),
+        ("train", ["--config=configs/sft.py:7b", "--workdir=run"], ["preset '7b'", ":tiny, :2b, :5b"]),
+        ("train", ["--config=configs/sft.py", "--workdir=run"], ["preset ''", ":tiny, :2b, :5b"]),
+        ("train", ["--config=configs/nope.py:tiny", "--workdir=run"], ["'configs/nope.py'", "does not exist"]),
+        ("train", ["--config", "configs/nope.py", "--workdir=run"], ["'configs/nope.py'", "does not exist"]),
+        ("train", ["--config=Makefile", "--workdir=run"], ["'Makefile'", "no Python file"]),
+        ("train", ["--config=setup.py", "--workdir=run"], ["config"]),
+        ("train", [f"--config={SAMPLE}", "--workdir=run"], ["no field 'num_steps'", "made for train"]),
+        ("train", ["--config.seed=1", f"--config={TRAIN}", "--workdir=run"], ["--config.seed=1", "before"]),
+        ("sample", [], ["--config and --output must be given"]),
+        ("sample", [f"--config={TRAIN}", "--output=out"], ["no field 'prompts'", "made for sample"]),
+        ("port_weights", [], ["--from and --to must be given"]),
+        ("port_weights", ["--from=nowhere", "--to=new"], ["--from=nowhere does not exist", "give a diffusers"]),
+        ("port_weights", ["--from=configs", "--to=tests"], ["--to=tests is there already", "give a new folder"]),
+        ("port_weights", ["--from=configs", "--to=setup.py"], ["--to=setup.py is there already"]),
+        ("port_weights", ["--from=configs", "--to=setup.py/new"], ["--to=setup.py/new cannot be written"]),
+        ("port_weights", ["--from=a", "--to=b", "--dtype=float16"], ["--dtype=float16", "float32|bfloat16"]),
+        ("port_weights", ["a", "b", "--from=a", "--to=b"], ["what is a?", "--from=DIR"]),
+        ("build_data", [], ["--output must be given"]),
+        ("build_data", ["--videos=nowhere.mp4", "--output=new"], ["nowhere.mp4: no such file"]),
+        ("build_data", ["--captions=nowhere.json", "--output=new"], ["nowhere.json: cannot be read"]),
+        ("build_data", ["--output=setup.py/new"], ["cannot write setup.py/new", "choose an output"]),
+        ("report", [], ["--shots and --story must be given"]),
+        ("report", ["--story=nowhere", "--shots=nowhere.csv"], ["nowhere/run.json"]),
+    ],
+)
+def test_other_command_lines(commands, main, flags, told):
+    line = commands.fail(main, *flags)
+    assert all(words in line for words in told), line
+
+
+def test_a_batch_is_shared_out_over_all_devices(commands, dataset, tmp_path):
+    flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, global_batch_size=3)
+    line = commands.fail("train", *flags, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert "global_batch_size 3 does not divide over 2 devices; use a multiple of 2" in line
+
+
+def test_folders_that_cannot_be_written(commands, dataset, pretrain_workdir, tmp_path):
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "below"
+    line = commands.fail("train", *commands.train_flags("pretrain", below, dataset.csv))
+    assert f"workdir {below} cannot be written" in line
+    line = commands.fail("train", *commands.train_flags("pretrain", tmp_path / "run", dataset.csv, data__cache=below))
+    assert f"cannot write {below}" in line
+    given = settings(checkpoint=pretrain_workdir, prompts=PROMPTS)
+    line = commands.fail("sample", f"--config={SAMPLE}", f"--output={below}", *SMALL, *given)
+    assert f"cannot write {below / 'run.json'}" in line
+
+
+@pytest.mark.parametrize("main", ["train", "sample", "port_weights", "build_data", "report"])
+def test_help(commands, main):
+    finished = commands(main, "--help")
+    assert "--" in finished.stdout
+    assert "python -m" in finished.stdout

@@ -1,0 +1,110 @@
+"""What people read or script against: the configs, and the commands in the README and the Makefile."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+
+import pytest
+from ml_collections.config_flags import config_flags
+
+from configs import common
+from mask2dit_jax import setup_run
+from mask2dit_jax.curate.demo import DEMO_CAPTIONS
+from mask2dit_jax.diffusion.samplers import SamplerConfig
+from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.training.optimizer import OptimizerConfig
+from tests.mains.process import ROOT
+
+STAGES = {"pretrain": ("train", "num_steps"), "sft": ("train", "num_steps"), "sample": ("sample", "prompts")}
+
+
+def load_config(name: str):
+    """As --config=NAME does, locked."""
+    return config_flags.ConfigFileFlagParser("config").parse(str(ROOT / name))
+
+
+@pytest.mark.parametrize("preset", common.PRESETS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_configs(stage, preset):
+    config = load_config(f"configs/{stage}.py:{preset}")
+    assert config.is_locked
+    main, own_field = STAGES[stage]
+    setup_run.check_values(config, main, own_field)
+    assert {"seed", "num_scenes", "mask"} <= set(config)
+    if main == "sample":
+        SamplerConfig(**config.sampler.to_dict())
+        return
+    assert {"num_steps", "checkpoint_every", "global_batch_size", "condition_probability"} <= set(config)
+    assert config.data.kind == stage
+    assert config.condition_probability == {"pretrain": 0, "sft": 0.5}[stage]
+    OptimizerConfig(**config.optimizer.to_dict())
+    sizes = DiTConfig(**config.model.to_dict())
+    assert preset == "tiny" or sizes == {"2b": DiTConfig.cogvideox_2b, "5b": DiTConfig.cogvideox_5b}[preset]()
+
+
+def test_the_recipe_of_the_paper():
+    config = load_config("configs/sft.py:5b")
+    optimizer = OptimizerConfig()
+    assert OptimizerConfig(**config.optimizer.to_dict()) == optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm) == (1e-5, 3e-2, 0.05)
+    assert (config.num_scenes, config.num_frames, config.height, config.width) == (3, 49, 480, 720)
+    assert (config.num_steps, config.global_batch_size) == (10_000, 8)
+
+
+def test_the_story_of_the_demo_is_its_captions():
+    captions = json.loads(DEMO_CAPTIONS.read_text())["bikes"]
+    assert tuple(captions[str(number)] for number in range(1, 6)) == common.TINY_STORY
+
+
+def in_readme() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("python -m mask2dit_jax.")]
+
+
+def dry_run(target: str) -> str:
+    return subprocess.run(
+        ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def in_makefile() -> list[str]:
+    return [line.partition("bin/")[2] for line in dry_run("demo").splitlines() if "-m mask2dit_jax." in line]
+
+
+@pytest.mark.parametrize("command", [*in_readme(), *in_makefile()])
+def test_commands(command):
+    """The program, its flags, the config and the fields set in it are all there."""
+    _, _, module, *flags = shlex.split(command, comments=True)
+    source = importlib.util.find_spec(module).loader.get_source(module)
+    config = None
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").partition("=")
+        section, *fields = name.split(".")
+        assert re.search(rf'DEFINE_\w+\(\s*"{section}"', source), flag
+        if name == "config":
+            config = load_config(value)
+        holder = config
+        for field in fields:
+            assert field in holder, flag
+            holder = holder[field]
+
+
+def test_the_readme_shows_the_programs():
+    modules = {shlex.split(command)[2] for command in in_readme()}
+    assert modules == {f"mask2dit_jax.{main}" for main in ("build_data", "train", "sample", "report", "port_weights")}
+
+
+@pytest.mark.parametrize(
+    ("target", "does"),
+    [
+        ("setup", ["-m venv .venv", '".[demo,test]"']),
+        ("demo", ["train --config=configs/sft.py:tiny", "sample --config=configs/sample.py:tiny --output=demo"]),
+        ("test", ["-m pytest"]),
+        ("lint", ["ruff check", "ruff format --check", "lint-imports"]),
+    ],
+)
+def test_make(target, does):
+    assert all(part in dry_run(target) for part in does)

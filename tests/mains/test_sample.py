@@ -1,0 +1,82 @@
+"""Stories from the command line: what is written, that it repeats, and that clips can be carried on."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mask2dit_jax.data.video import iter_frames, probe
+from tests.mains.conftest import COLOURS, FPS, HEIGHT, PROMPTS, SMALL, WIDTH, settings
+
+
+def sample(commands, output, checkpoint, *more, **fields):
+    fields = {"checkpoint": checkpoint, "sampler__num_steps": 2, "prompts": PROMPTS, "attention": "dense", **fields}
+    return commands.succeed(
+        "sample", "--config=configs/sample.py:tiny", f"--output={output}", *SMALL, *settings(**fields), *more
+    )
+
+
+def frames(path) -> np.ndarray:
+    return np.stack(list(iter_frames(path)))
+
+
+@pytest.fixture(scope="module")
+def story(commands, pretrain_workdir, tmp_path_factory):
+    """Three scenes and one by extension."""
+    output = tmp_path_factory.mktemp("story")
+    return output, sample(commands, output, pretrain_workdir)
+
+
+def test_what_is_written(story):
+    output, finished = story
+    scenes = [f"scene_{number:02d}.mp4" for number in range(1, 5)]
+    assert {path.name for path in output.iterdir()} == {*scenes, "story.mp4", "storyboard.png", "run.json"}
+    info = probe(output / "story.mp4")
+    assert (info.num_frames, info.height, info.width, info.fps) == (20, HEIGHT, WIDTH, FPS)
+    assert {probe(output / scene).num_frames for scene in scenes} == {5}
+    assert Image.open(output / "storyboard.png").height > 400
+    run = json.loads((output / "run.json").read_text())
+    assert (tuple(run["prompts"]), run["seed"], run["fps"]) == (PROMPTS, 0, FPS)
+    assert finished.stdout.split() == [str(output / "story.mp4"), str(output / "storyboard.png")]
+    assert "plan: 4 scenes in 2 windows of up to 3" in finished.stderr
+    assert "is cut" not in finished.stderr  # without guidance nobody reads the negative prompt
+
+
+def test_the_story_is_its_scenes(story):
+    whole = frames(story[0] / "story.mp4").astype(int)
+    parts = np.concatenate([frames(story[0] / f"scene_{number:02d}.mp4") for number in range(1, 5)])
+    assert np.abs(whole - parts).mean() < 3  # each file was compressed on its own
+
+
+def test_report(commands, story, dataset):
+    """Two steps of training make no pictures, so a scene looks like any shot; every distance is told all the same."""
+    output, _ = story
+    finished = commands("report", f"--story={output}", f"--shots={dataset.csv}")
+    report = json.loads((output / "report.json").read_text())
+    assert [scene["described_shot"] for scene in report["scenes"]] == [clip.name for clip in dataset.clips]
+    assert all(scene["distances"].keys() == {clip.name for clip in dataset.clips} for scene in report["scenes"])
+    assert report["correct"] == sum(scene["correct"] for scene in report["scenes"])
+    assert finished.code == (report["correct"] < 4)
+
+
+def test_a_seed_is_a_story(commands, story, pretrain_workdir, tmp_path):
+    sample(commands, tmp_path / "again", pretrain_workdir)
+    np.testing.assert_array_equal(frames(story[0] / "story.mp4"), frames(tmp_path / "again" / "story.mp4"))
+    sample(commands, tmp_path / "other", pretrain_workdir, seed=1)
+    assert np.abs(frames(story[0] / "story.mp4") - frames(tmp_path / "other" / "story.mp4").astype(int)).mean() > 3
+
+
+def test_clips_are_carried_on(commands, dataset, pretrain_workdir, tmp_path):
+    """Guided this time, from known scenes noised at t = 0."""
+    given = tuple(str(clip.path) for clip in dataset.clips[:2])
+    finished = sample(
+        commands, tmp_path, pretrain_workdir, given=given, guidance_scale=6.0, condition="noised", negative_prompt="bad"
+    )
+    assert {path.name for path in tmp_path.glob("scene_*")} == {"scene_03.mp4", "scene_04.mp4"}
+    assert "scene 3:" in finished.stderr
+    whole = frames(tmp_path / "story.mp4")
+    assert len(whole) == 20
+    for number, colour in enumerate(list(COLOURS.values())[:2]):  # encoded and decoded, they are still themselves
+        corner = whole[5 * number : 5 * number + 5, -6:, -6:].mean((0, 1, 2))
+        assert np.abs(corner - colour).max() < 60

@@ -1,0 +1,99 @@
+"""Training runs: they repeat, they go on where they stopped, one stage starts from the other."""
+
+import struct
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from mask2dit_jax.training.checkpoint import find, read_record
+
+
+def sft(commands, workdir, dataset, init_from, **fields):
+    """Its learning rate is what it is from the first step on, so that every step counts."""
+    fields = {"checkpoint_every": 2, "optimizer__warmup_steps": 0, **fields}
+    flags = commands.train_flags("sft", workdir, dataset.json, init_from=init_from, **fields)
+    return commands.succeed("train", *flags).stderr
+
+
+def read(workdir, step: int) -> dict:
+    folder = workdir / "checkpoints" / str(step)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return {item: checkpointer.restore(folder / item) for item in ("params", "train")}
+
+
+def assert_same(a: dict, b: dict):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differ(a: dict, b: dict) -> bool:
+    return any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def scalars(workdir) -> dict[str, dict[int, float]]:
+    """What the TensorBoard files of a run hold: records of a length, a checksum, an event and a checksum."""
+    found = {}
+    for file in sorted(workdir.glob("events*")):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(commands, dataset, pretrain_workdir, tmp_path_factory):
+    """The workdir and the log of four steps of SFT."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    return workdir, sft(commands, workdir, dataset, pretrain_workdir, num_steps=4)
+
+
+def test_sft_starts_from_the_pretraining(straight, pretrain_workdir):
+    workdir, log = straight
+    assert f"start: parameters of {pretrain_workdir / 'checkpoints' / '2'}" in log
+    assert f"done: step 4, checkpoints in {workdir}" in log
+    first, later = read(pretrain_workdir, 2)["params"], read(workdir, 2)["params"]
+    steps = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(later), strict=True)]
+    assert 0 < max(steps) <= 2.1e-3  # two steps of AdamW: each moves a parameter by the learning rate at most
+
+
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(commands, dataset, pretrain_workdir, straight, tmp_path):
+    workdir = tmp_path / "stopped"
+    sft(commands, workdir, dataset, pretrain_workdir, num_steps=2)
+    assert_same(read(workdir, 2), read(straight[0], 2))
+    log = sft(commands, workdir, dataset, "nowhere", num_steps=4)
+    assert f"start: resuming step 2 of {workdir / 'checkpoints'}" in log
+    assert_same(read(workdir, 4), read(straight[0], 4))
+    assert differ(read(workdir, 2), read(workdir, 4))
+    log = sft(commands, workdir, dataset, pretrain_workdir, num_steps=4)
+    assert "start: resuming step 4" in log
+
+
+def test_another_seed_is_another_run(commands, dataset, pretrain_workdir, straight, tmp_path):
+    sft(commands, tmp_path / "other", dataset, pretrain_workdir, num_steps=2, seed=1)
+    assert differ(read(tmp_path / "other", 2), read(straight[0], 2))
+
+
+def test_scalars(straight, pretrain_workdir):
+    found = scalars(straight[0])
+    assert {"loss", "grad_norm", "learning_rate", "steps_per_second"} < found.keys()
+    assert found.keys() & {"loss_fixed", "loss_extension"}
+    assert sorted(found["loss"]) == [1, 2, 3, 4]
+    assert all(0 < loss < 10 for loss in found["loss"].values())
+    assert found["learning_rate"][4] == pytest.approx(1e-3)
+    assert "loss_extension" not in scalars(pretrain_workdir)  # no conditional mask there
+
+
+def test_record(straight):
+    record = read_record(find(straight[0]))
+    assert record["pretrained"] == "tiny"
+    assert record["config"]["num_steps"] == 4
+    assert (record["model"]["num_layers"], record["model"]["attn_msk_version"]) == (2, 2)
+
+
+def test_only_the_newest_checkpoints_are_kept(straight):
+    assert sorted(path.name for path in (straight[0] / "checkpoints").iterdir()) == ["2", "4"]

@@ -1,0 +1,109 @@
+"""Checkpoints: what is written comes back bit for bit, from wherever it is asked for, and faults are named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.training import checkpoint
+from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer
+from mask2dit_jax.training.step import TrainState, init_state
+
+CONFIG = DiTConfig(2, 16, 1, 4, time_embed_dim=16, text_embed_dim=8, text_tokens=5)
+RECORD = {"model": CONFIG.to_json(), "pretrained": "tiny", "config": {"seed": 0}}
+
+
+def make_state(seed=0, config=CONFIG) -> TrainState:
+    params = nnx.state(DiT(config, rngs=nnx.Rngs(seed)))
+    state = init_state(params, make_optimizer(OptimizerConfig()))
+    return state._replace(step=jnp.array(seed, jnp.int32))
+
+
+def abstract(tree):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Steps 1, 2 and 3 were saved, two are kept."""
+    folder = tmp_path_factory.mktemp("run")
+    with checkpoint.open_manager(folder, keep=2) as manager:
+        for step in (1, 2, 3):
+            checkpoint.save(manager, make_state(step), RECORD)
+    return folder
+
+
+def test_the_newest_state_is_restored(workdir):
+    with checkpoint.open_manager(workdir, keep=2) as manager:
+        assert_same(checkpoint.restore(manager, abstract(make_state())), make_state(3))
+    assert not (workdir / "checkpoints" / "1").exists()
+
+
+def test_parameters_are_found_from_workdir_and_step(workdir):
+    steps = workdir / "checkpoints"
+    for path, step in ((workdir, 3), (steps, 3), (steps / "3", 3), (steps / "2", 2)):
+        assert checkpoint.has_checkpoint(path)
+        folder = checkpoint.find(path)
+        assert folder == steps / str(step)
+        params = make_state(step).params
+        assert_same(checkpoint.load_params(folder, abstract(params)), params)
+
+
+def test_parameters_come_in_the_type_that_is_asked_for(workdir):
+    params = make_state(3).params
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    loaded = checkpoint.load_params(checkpoint.find(workdir), abstract(half))
+    assert_same(loaded, half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_record(workdir):
+    record = checkpoint.read_record(checkpoint.find(workdir))
+    assert record == RECORD
+    assert DiTConfig.from_json(record["model"]) == CONFIG
+
+
+def test_nothing_there(tmp_path):
+    assert not checkpoint.has_checkpoint(tmp_path)
+    assert not checkpoint.has_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"there is no checkpoint in {tmp_path}; give a training workdir"):
+        checkpoint.find(tmp_path)
+
+
+def test_a_model_of_other_sizes(workdir):
+    larger = DiTConfig(2, 32, 1, 4, time_embed_dim=16, text_embed_dim=8, text_tokens=5)
+    with pytest.raises(UserError, match="checkpoints/3 is of a model of other sizes"):
+        checkpoint.load_params(checkpoint.find(workdir), abstract(make_state(config=larger).params))
+
+
+def test_parameters_alone_can_be_loaded_but_not_resumed(tmp_path):
+    params = make_state(1).params
+    checkpoint.save_params(tmp_path, params, RECORD)
+    assert_same(checkpoint.load_params(checkpoint.find(tmp_path), abstract(params)), params)
+    with (
+        checkpoint.open_manager(tmp_path, keep=1) as manager,
+        pytest.raises(UserError, match=f"start one in another workdir with --config.init_from={tmp_path}"),
+    ):
+        checkpoint.restore(manager, abstract(make_state()))
+
+
+def test_damaged_record(tmp_path):
+    checkpoint.save_params(tmp_path, make_state().params, RECORD)
+    folder = checkpoint.find(tmp_path)
+    (folder / "record" / "metadata").write_text("{")
+    with pytest.raises(UserError, match=r"is damaged: .*metadata is missing or no JSON"):
+        checkpoint.read_record(folder)
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run cannot be written .*; choose another"):
+        checkpoint.open_manager(tmp_path / "file" / "run", keep=1)
