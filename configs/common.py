@@ -37,11 +37,11 @@ def model(preset: str) -> ConfigDict:
             {
                 "num_heads": 2,
                 "head_dim": 64,
-                "num_layers": 4,
+                "num_layers": 3,
                 "time_embed_dim": 128,
                 "text_tokens": 48,
-                "sample_height": 16,  # latent rows and columns of 64 x 112 pixels; its VAE halves them only twice
-                "sample_width": 28,
+                "sample_height": 12,  # latent rows and columns of 48 x 80 pixels: the tiny VAE halves them only twice
+                "sample_width": 20,
                 "sample_frames": 9,
             }
         )
@@ -67,8 +67,8 @@ def common(preset: str) -> ConfigDict:
             "compute_dtype": "float32" if tiny else "bfloat16",
             "num_scenes": 3,  # of a training sample, and of the window when sampling
             "num_frames": 9 if tiny else 49,  # pixel frames of a scene, 4k + 1
-            "height": 64 if tiny else 480,
-            "width": 112 if tiny else 720,
+            "height": 48 if tiny else 480,
+            "width": 80 if tiny else 720,
             # Known scenes are shown "clean" or "noised" at t = 0.
             "condition": "clean",
         }
@@ -87,7 +87,7 @@ def training(preset: str) -> ConfigDict:
             # Parameters to start from: a workdir or one of its checkpoints. Else those of `pretrained`, else random.
             "init_from": "",
             "num_steps": 10_000,
-            "global_batch_size": 2 if tiny else 8,
+            "global_batch_size": 6 if tiny else 8,
             "checkpoint_every": 200 if tiny else 500,
             "keep_checkpoints": 2,
             "log_every": 10,

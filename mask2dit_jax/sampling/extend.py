@@ -44,7 +44,7 @@ def plan_windows(num_prompts: int, window: int, num_given: int = 0) -> list[Wind
             f"{num_given} given clips are too few: a scene is extended from the {window - 1} before it; "
             f"give {window - 1} clips or set num_scenes to {num_given + 1}"
         )
-    if num_prompts <= num_given:
+    if num_given and num_prompts <= num_given:
         raise UserError(
             f"{num_prompts} prompts for {num_given} given clips leave nothing to generate; "
             "give a prompt for every given clip and for every new scene"

@@ -12,8 +12,8 @@ from mask2dit_jax.layout import SceneLayout
 
 LAYOUT = SceneLayout(frames=(2, 1, 3), grid=(1, 1), text_tokens=1)
 SCHEDULE = NoiseSchedule(ScheduleConfig.cogvideox_5b())
-EXTENSION = np.array([[True, True, False]])
-FIXED = np.zeros((1, 3), bool)
+EXTENSION = jnp.array([[True, True, False]])
+FIXED = jnp.zeros((1, 3), bool)
 
 
 def latents(seed: int):
@@ -60,8 +60,8 @@ def test_noised_condition_adds_the_noise_of_timestep_zero():
 
 def test_loss_counts_the_unknown_scenes_alone():
     error = jnp.arange(6.0).reshape(1, 6, 1, 1, 1) * jnp.ones((1, 6, 2, 2, 3))
-    assert scenes.scene_losses(error, jnp.asarray(EXTENSION), layout=LAYOUT)[0] == pytest.approx((3 + 4 + 5) / 3)
-    assert scenes.scene_losses(error, jnp.asarray(FIXED), layout=LAYOUT)[0] == pytest.approx(2.5)
+    assert scenes.scene_losses(error, EXTENSION, layout=LAYOUT)[0] == pytest.approx((3 + 4 + 5) / 3)
+    assert scenes.scene_losses(error, FIXED, layout=LAYOUT)[0] == pytest.approx(2.5)
 
 
 def test_samples_weigh_the_same_whatever_they_know():

@@ -56,7 +56,7 @@ def test_train(commands, dataset, tmp_path, flag, told):
     ("flag", "told"),
     [
         (f"--config.prompts={PROMPTS[:2]}", ["2 prompts", "num_scenes=3", "at least 3"]),
-        ("--config.prompts=()", ["0 prompts", "give a prompt for every"]),
+        ("--config.prompts=()", ["0 prompts", "give"]),
         ("--config.prompts=(1, 2, 3)", ["prompts holds 1", "quote"]),
         ("--config.prompts=a one, 'two", ["--config.prompts", "quotes"]),
         ("--config.num_scenes=1", ["num_scenes must be at least 2"]),

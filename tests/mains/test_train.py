@@ -10,10 +10,13 @@ from tensorboardX.proto.event_pb2 import Event
 
 from mask2dit_jax.training.checkpoint import find, read_record
 
+RATE = 1e-3
+
 
 def sft(commands, workdir, dataset, init_from, **fields):
-    """Its learning rate is what it is from the first step on, so that every step counts."""
-    fields = {"checkpoint_every": 2, "optimizer__warmup_steps": 0, **fields}
+    """The learning rate is the same from the first step to the last, however many steps there are to be."""
+    rate = {"optimizer__warmup_steps": 0, "optimizer__schedule": "constant", "optimizer__learning_rate": RATE}
+    fields = {"checkpoint_every": 2, **rate, **fields}
     flags = commands.train_flags("sft", workdir, dataset.json, init_from=init_from, **fields)
     return commands.succeed("train", *flags).stderr
 
@@ -58,7 +61,7 @@ def test_sft_starts_from_the_pretraining(straight, pretrain_workdir):
     assert f"done: step 4, checkpoints in {workdir}" in log
     first, later = read(pretrain_workdir, 2)["params"], read(workdir, 2)["params"]
     steps = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(later), strict=True)]
-    assert 0 < max(steps) <= 2.1e-3  # two steps of AdamW: each moves a parameter by the learning rate at most
+    assert 0 < max(steps) <= 2.1 * RATE  # two steps of AdamW: each moves a parameter by the learning rate at most
 
 
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(commands, dataset, pretrain_workdir, straight, tmp_path):
@@ -84,7 +87,7 @@ def test_scalars(straight, pretrain_workdir):
     assert found.keys() & {"loss_fixed", "loss_extension"}
     assert sorted(found["loss"]) == [1, 2, 3, 4]
     assert all(0 < loss < 10 for loss in found["loss"].values())
-    assert found["learning_rate"][4] == pytest.approx(1e-3)
+    assert found["learning_rate"][4] == pytest.approx(RATE)
     assert "loss_extension" not in scalars(pretrain_workdir)  # no conditional mask there
 
 
