@@ -3,7 +3,6 @@
 import importlib.metadata
 
 import jax.numpy as jnp
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
