@@ -1,0 +1,84 @@
+"""The one door through which several processes become one JAX program: a TPU pod, or processes told by variables.
+
+It must be passed before anything asks JAX for its devices: from then on a process knows only its own.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+
+from mask2dit_jax.errors import UserError
+
+# For processes that nothing announces to each other: on one machine, or on several without TPUs.
+VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+
+
+def initialize(timeout_s: int = 300) -> None:
+    """Joins the other processes of this run, if there are any; a second call does nothing.
+
+    Args:
+        timeout_s: how long to wait for the others.
+    """
+    if jax.distributed.is_initialized():
+        return
+    told = {name: os.environ.get(name, "") for name in VARIABLES}
+    if any(told.values()):
+        arguments = _parse(told)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    elif _on_pod():
+        arguments = {}  # JAX reads addresses and numbers from the metadata of the VM, or from the variables of GKE
+    else:
+        return
+    where = told["COORDINATOR_ADDRESS"] or "what the TPU's metadata says"
+    alone = f"not all processes have met through {where} within {timeout_s} s; start all of them"
+    try:
+        # JAX aborts with a page of C++ when its own time is up, so ours ends before.
+        with exit_after(timeout_s, alone):
+            jax.distributed.initialize(**arguments, initialization_timeout=timeout_s + 60)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"this process cannot join the others through {where}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def exit_after(seconds: int, message: str) -> Iterator[None]:
+    """Ends the process with one line if the block takes longer: inside the runtime, no exception would reach it."""
+
+    def leave():
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _on_pod() -> bool:
+    """JAX puts "tpu" into its platforms where it finds chips and libtpu; a host that names itself alone is alone."""
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
+    alone = bool(hosts) and "," not in hosts and not os.environ.get("MEGASCALE_COORDINATOR_ADDRESS")
+    return "tpu" in (jax.config.jax_platforms or "") and not alone
+
+
+def _parse(told: dict[str, str]) -> dict[str, str | int]:
+    missing = [name for name, value in told.items() if not value]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be set too: {', '.join(VARIABLES)} go together")
+    address, count, number = told.values()
+    if not re.fullmatch(r".+:\d+", address):
+        raise UserError(f"COORDINATOR_ADDRESS={address} is not of the form host:port")
+    if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
+        raise UserError(f"PROCESS_ID={number} must be a number from 0 to NUM_PROCESSES={count} less one")
+    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
