@@ -85,3 +85,14 @@ def key_runs(mask: str, layout: SceneLayout, query: Segment) -> tuple[slice, ...
         else:
             runs.append(slice(key.start, key.stop))
     return tuple(runs)
+
+
+def allowed_pairs(mask: str, layout: SceneLayout) -> int:
+    """Pairs of tokens that the mask allows."""
+    segments = layout.segments
+    return sum(
+        (query.stop - query.start) * (key.stop - key.start)
+        for query in segments
+        for key in segments
+        if segment_allows(mask, query, key)
+    )

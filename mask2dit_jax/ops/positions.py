@@ -37,8 +37,6 @@ def rope_angles(layout: SceneLayout, base: tuple[int, int], head_dim: int) -> Fl
     grid is stretched over its crop region of the base grid, without the end (reference: get_3d_rotary_pos_embed of
     diffusers 0.30; later versions stop short of the end another way, and differ where the region does not start at 0).
     """
-    if head_dim % 16:
-        raise UserError(f"attention_head_dim {head_dim} cannot be split into rotary axes; it must be a multiple of 16")
     (top, left), (bottom, right) = crop_region(layout.grid, base)
     rows, columns = layout.grid
     angles = (
