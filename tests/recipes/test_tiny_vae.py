@@ -30,10 +30,8 @@ def psnr(codec, name: str, stride: int) -> float:
 
 
 def test_held_out_frames_are_recognisable(codec):
-    """24 dB over all of them; the street with its railings is all detail, and is let off by two."""
     found = {(name, stride): psnr(codec, name, stride) for name in HELD_OUT for stride in (1, 3)}
-    assert np.mean(list(found.values())) >= 24, found
-    assert min(found.values()) >= 22, found
+    assert min(found.values()) >= 24, found
 
 
 def test_latents_have_about_unit_variance_for_the_transformer(codec):
