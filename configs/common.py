@@ -1,7 +1,7 @@
 """What the stages share: model sizes, video sizes, encoders, precision.
 
-Every config file takes a preset, `configs/sft.py:5b`, and any field can be set on the command line,
-`--config.num_steps=100`.
+Every config file takes a preset, `configs/sft.py:5b`, after a comma the slice of TPUs that it is to run on,
+`configs/sft.py:5b,v5e-64` (see slices.py), and any field can be set on the command line, `--config.num_steps=100`.
 
     tiny  trains on two CPU cores in minutes; its VAE, text encoder and tokenizer ship with the package
     2b    CogVideoX-2b sizes: sin-cos positions, snr shift 3
@@ -61,9 +61,10 @@ def common(preset: str) -> ConfigDict:
             # A diffusers directory, or a workdir that port_weights made: VAE, text encoder, tokenizer, scheduler, and
             # the transformer if it is there. "tiny" names the encoders that ship with the package.
             "pretrained": "tiny" if tiny else "",
-            "model": model(preset),
             "mask": "v2",  # v1..v5
-            "attention": "grouped",  # or "dense"
+            "attention": "auto",  # splash on TPU, grouped elsewhere; see ops/attention.py
+            # Devices along each axis (parallel/mesh.py); 0: chosen from the number of devices and the batch.
+            "mesh": {"data": 0, "fsdp": 0, "context": 0, "tensor": 0},
             "compute_dtype": "float32" if tiny else "bfloat16",
             "num_scenes": 3,  # of a training sample, and of the window when sampling
             "num_frames": 9 if tiny else 49,  # pixel frames of a scene, 4k + 1
@@ -86,17 +87,19 @@ def training(preset: str) -> ConfigDict:
         {
             # Parameters to start from: a workdir or one of its checkpoints. Else those of `pretrained`, else random.
             "init_from": "",
+            "model": model(preset),  # of a transformer trained from scratch; stored weights bring their own sizes
             "num_steps": 10_000,
             "global_batch_size": 6 if tiny else 8,
             "checkpoint_every": 200 if tiny else 500,
             "keep_checkpoints": 2,
             "log_every": 10,
-            "remat": "none" if tiny else "full",
+            "remat": "none" if tiny else "attention",
             "param_dtype": "float32",
             "optimizer": {
                 "learning_rate": 2e-3 if tiny else 1e-5,
                 "schedule": "cosine" if tiny else "constant",
                 "warmup_steps": 50 if tiny else 100,
+                "decay_steps": 0,  # of "cosine"
                 "b1": 0.9,
                 "b2": 0.99 if tiny else 0.999,
                 "eps": 1e-10,
@@ -107,7 +110,7 @@ def training(preset: str) -> ConfigDict:
                 "kind": "",  # "pretrain" (csv of single clips) or "sft" (json of groups)
                 "path": "",
                 "cache": "data/cache",  # latents and text embeddings, computed once
-                "clip_variants": 2 if tiny else 8,  # cached choices of frames for each clip
+                "clip_variants": 1 if tiny else 8,  # cached choices of frames for each clip
                 "max_stride": 3,
                 "min_stride": 1,
                 "skip_damaged": False,

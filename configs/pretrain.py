@@ -6,15 +6,16 @@
 The paper: 10,000 steps, 8 videos of 3 x 49 frames at 480 x 720 a step. `:tiny` is what `make demo` runs.
 """
 
-from configs import common
+from configs import common, slices
 
 
 def get_config(preset: str = ""):
+    preset, _, slice_name = preset.partition(",")
     config = common.training(preset)
     config.data.kind = "pretrain"
     config.data.path = "data/demo/pretrain.csv" if preset == "tiny" else ""
     config.condition_probability = 0.0
     if preset == "tiny":
-        config.num_steps = 200
+        config.num_steps = config.optimizer.decay_steps = 200
         config.data.max_stride = 2  # the shortest shot has 30 frames
-    return config
+    return slices.adapted(config, slice_name)

@@ -7,10 +7,11 @@ Extending clips: `--config.given="('a.mp4', 'b.mp4')"`, with a prompt for each g
 The paper: 50 steps, guidance 6, 8 frames a second. `:tiny` samples the demo's story from `make demo`'s checkpoint.
 """
 
-from configs import common
+from configs import common, slices
 
 
 def get_config(preset: str = ""):
+    preset, _, slice_name = preset.partition(",")
     config = common.common(preset)
     tiny = preset == "tiny"
     config.update(
@@ -28,4 +29,4 @@ def get_config(preset: str = ""):
             "decode_chunking": "mask2dit",  # or "diffusers"
         }
     )
-    return config
+    return slices.adapted(config, slice_name)

@@ -6,15 +6,16 @@
 The paper: 10,000 steps, 8 videos of 3 x 49 frames at 480 x 720 a step. `:tiny` is what `make demo` runs.
 """
 
-from configs import common
+from configs import common, slices
 
 
 def get_config(preset: str = ""):
+    preset, _, slice_name = preset.partition(",")
     config = common.training(preset)
     config.data.kind = "sft"
     config.data.path = "data/demo/sft.json" if preset == "tiny" else ""
     config.condition_probability = 0.5
     if preset == "tiny":
-        config.num_steps = 700
+        config.num_steps = config.optimizer.decay_steps = 700
         config.init_from = "workdir/pretrain"
-    return config
+    return slices.adapted(config, slice_name)

@@ -1,4 +1,8 @@
-"""The frozen encoders as functions of NumPy arrays: prompts to embeddings, pixels to latents and back."""
+"""The frozen encoders as functions of NumPy arrays: prompts to embeddings, pixels to latents and back.
+
+They run on the devices of one process, whatever mesh the transformer has: parameters of T5 sharded over them, frames of
+the VAE cut into tiles. Processes share out the scenes among themselves.
+"""
 
 from collections.abc import Sequence
 
@@ -11,8 +15,12 @@ from jaxtyping import Float32, UInt8
 
 from mask2dit_jax.axes import Array, Floats
 from mask2dit_jax.data.text import load_tokenizer, tokenize
-from mask2dit_jax.models.vae import VAE
-from mask2dit_jax.port.pretrained import load_module
+from mask2dit_jax.models.t5 import T5Encoder
+from mask2dit_jax.models.vae import VAE, Posterior
+from mask2dit_jax.parallel import sharding
+from mask2dit_jax.parallel.mesh import local_mesh
+from mask2dit_jax.parallel.module import abstract_module
+from mask2dit_jax.port.pretrained import load_config, load_params
 
 
 class TextEncoder:
@@ -21,49 +29,67 @@ class TextEncoder:
     def __init__(self, pretrained: epath.PathLike, text_tokens: int, dtype):
         self._tokenizer = load_tokenizer(epath.Path(pretrained) / "tokenizer")
         self._text_tokens = text_tokens
-        graph, self._params = nnx.split(load_module(pretrained, "text_encoder", dtype=dtype, param_dtype=dtype))
-        self._run = jax.jit(lambda params, ids: nnx.merge(graph, params)(ids).astype(jnp.float32))
+        config = load_config(pretrained, "text_encoder")
+        self._mesh = local_mesh()
+        graph, params = abstract_module(T5Encoder, config, dtype, self._mesh, sharding.T5)
+        shardings = jax.tree.map(lambda x: x.sharding, params)
+        self._params = load_params(pretrained, "text_encoder", config, dtype=dtype, shardings=shardings)
+        self._run = jax.jit(text_encode(graph))
 
     def __call__(self, prompts: Sequence[str]) -> Float32[np.ndarray, "n t x"]:
         """Warns of every prompt that is cut to the text tokens of a scene, and names the words cut."""
         ids = tokenize(self._tokenizer, prompts, self._text_tokens)
-        return np.concatenate([np.asarray(self._run(self._params, row[None])) for row in ids])
+        with jax.set_mesh(self._mesh):
+            return np.concatenate([np.asarray(self._run(self._params, row[None])) for row in ids])
 
 
 class VideoCodec:
     """The VAE: frames <-> latents of one scene."""
 
     def __init__(self, pretrained: epath.PathLike, dtype, chunking: str = "mask2dit"):
-        vae = load_module(pretrained, "vae", dtype=dtype, param_dtype=dtype)
-        graph, self._params = nnx.split(vae)
-        self.config = vae.config
-
-        def encode(params, pixels):
-            return VAE.encode(nnx.merge(graph, params), pixels[None])
-
-        def decode(params, latents):
-            pixels = VAE.decode(nnx.merge(graph, params), latents[None] / self.config.scaling_factor, chunking)
-            return to_uint8(pixels[0])
-
-        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+        self.config = load_config(pretrained, "vae")
+        self._mesh = local_mesh(tiles=self.config.sample_latents)
+        graph, params = abstract_module(VAE, self.config, dtype, self._mesh, sharding.VAE)
+        shardings = jax.tree.map(lambda x: x.sharding, params)
+        self._params = load_params(pretrained, "vae", self.config, dtype=dtype, shardings=shardings)
+        self._encode = jax.jit(video_encode(graph))
+        self._decode = jax.jit(video_decode(graph, self.config.scaling_factor, chunking))
 
     def encode(self, pixels: Float32[np.ndarray, "f h w 3"]) -> tuple[np.ndarray, np.ndarray]:
         """Frames in [-1, 1] -> mean and logvar (f h w c) of the posterior, not scaled."""
-        mean, logvar = self._encode(self._params, pixels)
-        return np.asarray(mean[0]), np.asarray(logvar[0])
+        posterior = self._posterior(pixels)
+        return np.asarray(posterior.mean[0]), np.asarray(posterior.logvar[0])
 
     def sample(self, pixels: Float32[np.ndarray, "f h w 3"], key: Array) -> Floats["f h w c"]:
         """Frames in [-1, 1] -> latents as the DiT sees them: drawn from the posterior, scaled."""
-        posterior = self._encode(self._params, pixels)
+        posterior = jax.tree.map(np.asarray, self._posterior(pixels))
         return posterior.sample(key)[0] * self.config.scaling_factor
 
-    def decode(self, latents: Floats["f h w c"]) -> UInt8[np.ndarray, "_f _h _w 3"]:
+    def decode(self, latents) -> UInt8[np.ndarray, "_f _h _w 3"]:
         """Scaled latents of one scene -> its frames."""
-        return np.asarray(self._decode(self._params, latents))
+        with jax.set_mesh(self._mesh):
+            return np.asarray(self._decode(self._params, np.asarray(latents)))
 
-    def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a clip of so many frames (4k + 1 -> k + 1)."""
-        return -(-num_frames // self.config.temporal_compression_ratio)
+    def _posterior(self, pixels) -> Posterior:
+        with jax.set_mesh(self._mesh):
+            return self._encode(self._params, pixels)
+
+
+def text_encode(graph: nnx.GraphDef):
+    """`(params, ids (n t)) -> embeddings (n t x)`, fp32."""
+    return lambda params, ids: nnx.merge(graph, params)(ids).astype(jnp.float32)
+
+
+def video_encode(graph: nnx.GraphDef):
+    """`(params, pixels (f h w 3)) -> Posterior` of one scene."""
+    return lambda params, pixels: VAE.encode(nnx.merge(graph, params), pixels[None])
+
+
+def video_decode(graph: nnx.GraphDef, scaling_factor: float, chunking: str):
+    """`(params, scaled latents (f h w c)) -> frames (f h w 3)` of one scene, as bytes."""
+    return lambda params, latents: to_uint8(
+        VAE.decode(nnx.merge(graph, params), latents[None] / scaling_factor, chunking)[0]
+    )
 
 
 def to_uint8(pixels: Floats["f h w c"]) -> Array:

@@ -6,10 +6,11 @@ writes OUT/story.mp4, OUT/scene_01.mp4 ..., OUT/storyboard.png and OUT/run.json.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from etils import epath
-from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
@@ -19,14 +20,16 @@ from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.data.transforms import fit_frames
 from mask2dit_jax.data.video import probe, read_frames
 from mask2dit_jax.data.video_writer import write_video
-from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.encoders import TextEncoder, VideoCodec
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.parallel import sharding
+from mask2dit_jax.parallel.mesh import check_tokens, make_mesh
+from mask2dit_jax.parallel.module import abstract_module
 from mask2dit_jax.port import pretrained as port
 from mask2dit_jax.sampling.extend import Window, generate_story, plan_windows
-from mask2dit_jax.sampling.generate import SamplingConfig, WindowSampler
+from mask2dit_jax.sampling.generate import WindowSampler
 from mask2dit_jax.transformer import TransformerSource
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sample.py:tiny.", lock_config=True)
@@ -52,9 +55,7 @@ def main(argv):
     model_config = setup_run.with_run_settings(source.config(), config)
     setup_run.check_encoders(model_config, pretrained)
     layout = setup_run.scene_layout(config, model_config, vae_config)
-    sampling = SamplingConfig(
-        SamplerConfig(**config.sampler.to_dict()), config.guidance, config.guidance_scale, config.condition
-    )
+    sampling = setup_run.sampling_config(config)
     dtype = setup_run.resolve_dtype(config.compute_dtype)
     clips = [_read_given(path, config) for path in given]
     prompted = (config.negative_prompt if sampling.guided else "", *prompts)
@@ -67,12 +68,14 @@ def main(argv):
         for number, clip in enumerate(tqdm(clips, desc="encoding given clips", disable=not given))
     ]
     schedule = NoiseSchedule(port.load_schedule(pretrained))
-    sampler = WindowSampler(*_load_transformer(source, model_config, dtype), schedule, sampling)
+    mesh = make_mesh(config.mesh.to_dict(), batch_size=1 + sampling.guided)
+    check_tokens(layout.num_tokens, mesh)
+    sampler = WindowSampler(*_load_transformer(source, model_config, dtype, mesh), schedule, sampling, mesh)
     latent_size = [side // vae_config.spatial_compression_ratio for side in (config.height, config.width)]
     story = generate_story(
         sampler,
-        np.stack(text),
-        negative,
+        jnp.stack(text),
+        jnp.asarray(negative),
         window=config.num_scenes,
         scene_layout=lambda frames: model_config.layout(tuple(frames), *latent_size),
         scene_shape=(layout.frames[0], *latent_size, model_config.latent_channels),
@@ -88,10 +91,9 @@ def main(argv):
     print(f"{output / 'story.mp4'}\n{output / 'storyboard.png'}")
 
 
-def _load_transformer(source: TransformerSource, config: DiTConfig, dtype):
-    """Graph and parameters, kept in the dtype of the computation."""
-    model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
-    graph, abstract = nnx.split(model)
+def _load_transformer(source: TransformerSource, config: DiTConfig, dtype, mesh: Mesh):
+    """Graph and parameters, kept in the dtype of the computation, each on its devices."""
+    graph, abstract = abstract_module(DiT, config, dtype, mesh, sharding.DIT)
     return graph, source.load(abstract)
 
 

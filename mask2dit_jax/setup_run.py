@@ -5,16 +5,25 @@ from pathlib import Path
 
 import jax.numpy as jnp
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mask2dit_jax.diffusion import guidance, scenes
+from mask2dit_jax.diffusion.samplers import SamplerConfig
+from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import dit, vae
 from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.t5 import T5Config
 from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.ops import attention, masks
 from mask2dit_jax.port.pretrained import load_config
+from mask2dit_jax.sampling.generate import SamplingConfig
+from mask2dit_jax.training.optimizer import OptimizerConfig
+from mask2dit_jax.training.program import TrainProgram
+from mask2dit_jax.training.step import Objective
+from mask2dit_jax.transformer import TransformerSource
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -22,10 +31,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _COUNTS = (
     *("num_scenes", "num_steps", "global_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "fps"),
     *("data.clip_variants", "data.min_stride", "data.max_stride", "sampler.num_steps"),
+    *("model.num_heads", "model.head_dim", "model.num_layers", "model.time_embed_dim", "model.text_tokens"),
 )
 _CHOICES = {
     "mask": masks.PREDICATES,
-    "attention": attention.IMPLEMENTATIONS,
+    "attention": ("auto", *attention.IMPLEMENTATIONS),
     "remat": dit.REMAT_POLICIES,
     "condition": scenes.CONDITIONS,
     "guidance": guidance.KINDS,
@@ -107,16 +117,58 @@ def scene_layout(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> SceneL
     return model.layout((frames,) * config.num_scenes, config.height // space, config.width // space)
 
 
-def model_from_scratch(config: ConfigDict, pretrained) -> DiTConfig:
-    """The sizes in the config, between the VAE and the text encoder of the pretrained directory."""
-    channels = load_config(pretrained, "vae").latent_channels
-    width = load_config(pretrained, "text_encoder").width
-    return DiTConfig(**config.model.to_dict(), latent_channels=channels, text_embed_dim=width, mask=config.mask)
+def model_from_scratch(config: ConfigDict, vae: VAEConfig, text_encoder: T5Config) -> DiTConfig:
+    """The sizes in the config, between the VAE and the text encoder."""
+    sizes = {"latent_channels": vae.latent_channels, "text_embed_dim": text_encoder.width}
+    return DiTConfig(**config.model.to_dict(), **sizes, mask=config.mask)
+
+
+def encoder_configs(pretrained) -> tuple[VAEConfig, T5Config]:
+    return load_config(pretrained, "vae"), load_config(pretrained, "text_encoder")
+
+
+def train_program(
+    config: ConfigDict, mesh: Mesh, model: DiTConfig, vae: VAEConfig, schedule: ScheduleConfig
+) -> TrainProgram:
+    """What the config trains, on `mesh`."""
+    model = with_run_settings(model, config)
+    objective = Objective(
+        NoiseSchedule(schedule),
+        scene_layout(config, model, vae),
+        vae.scaling_factor,
+        config.condition_probability,
+        config.condition,
+    )
+    return TrainProgram(
+        mesh,
+        model,
+        objective,
+        OptimizerConfig(**config.optimizer.to_dict()),
+        config.global_batch_size,
+        config.seed,
+        resolve_dtype(config.compute_dtype),
+        resolve_dtype(config.param_dtype),
+    )
+
+
+def stored_model(source: TransformerSource, wanted: DiTConfig, config: ConfigDict) -> DiTConfig:
+    """The sizes that stored weights bring; those of `config.model` that they overrule are named."""
+    stored = source.config()
+    overruled = [name for name in config.model if getattr(stored, name) != getattr(wanted, name)]
+    if overruled:
+        sizes = ", ".join(f"{name} {getattr(stored, name)}, not {getattr(wanted, name)}" for name in overruled)
+        logging.warning("the weights of %s decide the model's sizes: %s", source, sizes)
+    return stored
+
+
+def sampling_config(config: ConfigDict) -> SamplingConfig:
+    sampler = SamplerConfig(**config.sampler.to_dict())
+    return SamplingConfig(sampler, config.guidance, config.guidance_scale, config.condition)
 
 
 def check_encoders(model: DiTConfig, pretrained) -> None:
     """Raises UserError if the transformer was made for another VAE or text encoder."""
-    vae, text = load_config(pretrained, "vae"), load_config(pretrained, "text_encoder")
+    vae, text = encoder_configs(pretrained)
     for what, ours, theirs in (
         ("latent channels", model.latent_channels, vae.latent_channels),
         ("wide text embeddings", model.text_embed_dim, text.width),

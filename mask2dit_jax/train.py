@@ -5,12 +5,14 @@
 A run started again in the same workdir goes on from its newest checkpoint.
 """
 
+import functools
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from absl import flags, logging
-from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -22,15 +24,16 @@ from mask2dit_jax.data.pipeline import make_batches
 from mask2dit_jax.data.sampling import PretrainSampling, SftSampling
 from mask2dit_jax.data.scenes import ConsecutiveShots, UnrelatedClips
 from mask2dit_jax.data.sources import read_pretrain_csv, read_sft_json
-from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.encoders import TextEncoder, VideoCodec
 from mask2dit_jax.errors import UserError, run_main
-from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.parallel import mesh as meshes
+from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.parallel import distributed
+from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.port import pretrained as port
 from mask2dit_jax.training import checkpoint
-from mask2dit_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from mask2dit_jax.training.step import Objective, TrainState, init_state, make_train_step
+from mask2dit_jax.training.optimizer import learning_rate
+from mask2dit_jax.training.program import TrainProgram, global_batch, local_rows
+from mask2dit_jax.training.step import Batch, TrainState
 from mask2dit_jax.transformer import TransformerSource
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:tiny.", lock_config=True)
@@ -41,64 +44,55 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
+    distributed.initialize()
     config, workdir = _CONFIG.value, _WORKDIR.value
     setup_run.check_values(config, "train", "num_steps")
     logging.info("config:\n%s", config)
-    mesh = meshes.make_mesh()
-    meshes.check_batch_size(config.global_batch_size, mesh)
+    mesh = make_mesh(config.mesh.to_dict(), batch_size=config.global_batch_size)
 
     with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
         pretrained = setup_run.resolve_pretrained(config)
         start, source = _find_start(config, pretrained, manager)
-        stored = source.config() if source else setup_run.model_from_scratch(config, pretrained)
-        model_config = setup_run.with_run_settings(stored, config)
-        setup_run.check_encoders(model_config, pretrained)
-        vae_config = port.load_config(pretrained, "vae")
-        layout = setup_run.scene_layout(config, model_config, vae_config)
-        objective = Objective(
-            NoiseSchedule(port.load_schedule(pretrained)),
-            layout,
-            vae_config.scaling_factor,
-            config.condition_probability,
-            config.condition,
-        )
-        graph, abstract = _abstract_model(config, model_config)
-        optimizer_config = OptimizerConfig(**config.optimizer.to_dict(), num_steps=config.num_steps)
-        optimizer = make_optimizer(optimizer_config)
-        cache, samples = _prepare_data(config, pretrained, model_config)
-
-        replicated = meshes.replicated(mesh)
-        state = _start_state(config, start, source, model_config, abstract, optimizer, replicated, manager)
-        train_step = jax.jit(
-            make_train_step(graph, optimizer, objective, jax.random.key(config.seed)),
-            donate_argnums=0,
-            out_shardings=(replicated, replicated),
-        )
-        first_step = int(state.step)
-        batches = make_batches(
-            cache,
-            samples,
-            global_batch_size=config.global_batch_size,
-            seed=config.seed,
-            start_step=first_step,
-            shard=(jax.process_index(), jax.process_count()),
-        )
-        record = {
-            "model": model_config.to_json(),
-            "pretrained": str(config.pretrained),
-            "config": config.to_dict(),
-        }
-        writer = SummaryWriter(str(workdir)) if jax.process_index() == 0 else None
-        log = MetricsLog(writer, config.log_every, learning_rate(optimizer_config))
-        with tqdm(total=config.num_steps, initial=first_step, desc="training", unit="step") as progress:
-            for step in range(first_step + 1, config.num_steps + 1):
-                state, metrics = train_step(state, meshes.global_batch(next(batches), mesh))
-                progress.set_postfix(log.add(step, metrics), refresh=False)
-                progress.update()
-                if step % config.checkpoint_every == 0 or step == config.num_steps:
-                    checkpoint.save(manager, state, record)
-        log.flush()
+        vae_config, text_config = setup_run.encoder_configs(pretrained)
+        wanted = setup_run.model_from_scratch(config, vae_config, text_config)
+        stored = setup_run.stored_model(source, wanted, config) if source else wanted
+        setup_run.check_encoders(stored, pretrained)
+        program = setup_run.train_program(config, mesh, stored, vae_config, port.load_schedule(pretrained))
+        cache, samples = _prepare_data(config, pretrained, program.model)
+        with jax.set_mesh(mesh):
+            state = _start_state(program, start, source, manager)
+            rows = local_rows(program.abstract_batch)
+            batches = make_batches(
+                cache,
+                samples,
+                global_batch_size=config.global_batch_size,
+                seed=config.seed,
+                start_step=int(state.step),
+                rows=rows,
+            )
+            _run(config, program, state, (global_batch(b, program.abstract_batch, rows) for b in batches), manager)
     logging.info("done: step %d, checkpoints in %s", config.num_steps, workdir)
+
+
+def _run(config: ConfigDict, program: TrainProgram, state: TrainState, batches: Iterator[Batch], manager):
+    """Steps until the config's last one; a checkpoint now and then, and at the end."""
+    first_step = int(state.step)
+    record = {"model": program.model.to_json(), "pretrained": str(config.pretrained), "config": config.to_dict()}
+    is_first = jax.process_index() == 0
+    log = MetricsLog(
+        SummaryWriter(str(manager.directory.parent)) if is_first else None,
+        config.log_every,
+        learning_rate(program.optimizer),
+    )
+    total = config.num_steps
+    with tqdm(total=total, initial=first_step, desc="training", unit="step", disable=not is_first) as progress:
+        for step in range(first_step + 1, config.num_steps + 1):
+            state, metrics = program.step(state, next(batches))
+            progress.set_postfix(log.add(step, metrics), refresh=False)
+            progress.update()
+            if step % config.checkpoint_every == 0 or step == config.num_steps:
+                checkpoint.save(manager, state, record)
+    log.flush()
 
 
 class MetricsLog:
@@ -106,22 +100,31 @@ class MetricsLog:
 
     def __init__(self, writer: SummaryWriter | None, every: int, rate):
         self._writer, self._every, self._rate = writer, every, rate
-        self._pending, self._ready, self._shown, self._since = [], None, {}, time.monotonic()
+        self._pending, self._ready, self._shown = [], None, {}
+        self._step, self._since = 0, time.monotonic()
 
     def add(self, step: int, metrics) -> dict[str, str]:
         """Returns what a progress bar shows: the newest means that are written."""
         self._pending.append(metrics)
+        self._step = step
         if step % self._every == 0:
-            elapsed, self._since = time.monotonic() - self._since, time.monotonic()
             self._write()
-            self._ready = (step, self._pending, len(self._pending) / elapsed)
-            self._pending = []
+            self._close_window()
         return self._shown
 
     def flush(self):
+        """Writes what is left; the last window may be a short one."""
         self._write()
+        if self._pending:
+            self._close_window()
+            self._write()
         if self._writer:
             self._writer.close()
+
+    def _close_window(self):
+        elapsed, self._since = time.monotonic() - self._since, time.monotonic()
+        self._ready = (self._step, self._pending, len(self._pending) / elapsed)
+        self._pending = []
 
     def _write(self):
         if self._ready is None:
@@ -158,28 +161,11 @@ def _find_start(config: ConfigDict, pretrained, manager) -> tuple[str, Transform
     return ("parameters", source) if source else ("scratch", None)
 
 
-def _abstract_model(config: ConfigDict, model_config: DiTConfig):
-    dtypes = {
-        "dtype": setup_run.resolve_dtype(config.compute_dtype),
-        "param_dtype": setup_run.resolve_dtype(config.param_dtype),
-    }
-    return nnx.split(nnx.eval_shape(lambda: DiT(model_config, rngs=nnx.Rngs(config.seed), **dtypes)))
-
-
-def _start_state(config, start, source, model_config, abstract, optimizer, sharding, manager) -> TrainState:
-    """Shapes first, then every parameter straight onto its devices."""
-
-    def placed(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-    def init():
-        param_dtype = setup_run.resolve_dtype(config.param_dtype)
-        return nnx.state(DiT(model_config, rngs=nnx.Rngs(config.seed), param_dtype=param_dtype))
-
+def _start_state(program: TrainProgram, start: str, source: TransformerSource | None, manager) -> TrainState:
+    """Every parameter comes straight onto its devices."""
     if start == "resume":
-        return checkpoint.restore(manager, placed(jax.eval_shape(lambda p: init_state(p, optimizer), abstract)))
-    params = source.load(placed(abstract)) if source else jax.jit(init, out_shardings=sharding)()
-    return jax.jit(lambda p: init_state(p, optimizer), out_shardings=sharding, donate_argnums=0)(params)
+        return checkpoint.restore(manager, program.abstract_state)
+    return program.start(source.load(program.abstract_params) if source else program.random_params())
 
 
 def _prepare_data(config: ConfigDict, pretrained, model_config: DiTConfig):
@@ -202,11 +188,22 @@ def _prepare_data(config: ConfigDict, pretrained, model_config: DiTConfig):
         seed=config.seed,
         max_tokens=model_config.text_tokens,
         encoders=port.fingerprint(pretrained, ("vae", "text_encoder", "tokenizer")),
+        compute_dtype=config.compute_dtype,
     )
     dtype = setup_run.resolve_dtype(config.compute_dtype)
     codec, text_encoder = VideoCodec(pretrained, dtype), TextEncoder(pretrained, model_config.text_tokens, dtype)
     cache = LatentCache.open(data.cache, settings)
-    usable = encode_clips(clips, cache, codec.encode, text_encoder, skip_damaged=data.skip_damaged).usable
+    encode = functools.partial(
+        encode_clips,
+        cache=cache,
+        encode_video=codec.encode,
+        encode_text=text_encoder,
+        skip_damaged=data.skip_damaged,
+    )
+    if jax.process_count() > 1:  # each its share, on a disk that all can read; what is left of them after that, alone
+        encode(clips[jax.process_index() :: jax.process_count()])
+        multihost_utils.sync_global_devices("encoded")
+    usable = encode(clips).usable
     if data.kind == "pretrain":
         return cache, UnrelatedClips(usable, config.num_scenes)
     return cache, ConsecutiveShots(groups, config.num_scenes, usable)

@@ -3,7 +3,11 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of these programs run once or twice: optimising them takes longer than it saves.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import jax
 from jaxtyping import install_import_hook
 
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; what asks for none runs on the first
 install_import_hook("mask2dit_jax", "beartype.beartype")

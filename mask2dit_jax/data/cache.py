@@ -37,6 +37,7 @@ class CacheSettings:
         seed: of these choices.
         max_tokens: text tokens, padding included.
         encoders: names the encoder weights, by a hash of their files.
+        compute_dtype: what the encoders compute in.
     """
 
     sampling: PretrainSampling | SftSampling
@@ -45,6 +46,7 @@ class CacheSettings:
     seed: int
     max_tokens: int
     encoders: str
+    compute_dtype: str
 
     def describe(self) -> dict:
         sampling = {"rule": type(self.sampling).__name__, **dataclasses.asdict(self.sampling)}

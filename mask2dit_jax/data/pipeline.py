@@ -1,15 +1,15 @@
 """Batches for training: cached clips put together into multi-scene samples, read ahead by Grain's threads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
 
 from mask2dit_jax.data.cache import LatentCache
 from mask2dit_jax.data.scenes import ConsecutiveShots, UnrelatedClips
-from mask2dit_jax.errors import UserError
 
 # Reading is a copy from the page cache; a batch of the 5B model is some 100 MB, so few are kept ready.
+_NO_END = 2**31
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 
 
@@ -20,7 +20,7 @@ def make_batches(
     global_batch_size: int,
     seed: int,
     start_step: int = 0,
-    shard: tuple[int, int] = (0, 1),
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches; the batch of a step depends on `seed` and the step alone, so `start_step` resumes exactly.
 
@@ -30,18 +30,16 @@ def make_batches(
         global_batch_size: of all processes together; what they see together does not depend on their number.
         seed: of the order, of the clips drawn and of their variants.
         start_step: the first batch wanted.
-        shard: number of this process, and of all.
+        rows: the samples of a global batch that this process wants; all if not given.
 
     Yields:
-        This process's part of a batch: `mean` and `logvar` (b f h w c), the scenes one after another along f; `text`
+        These rows of a batch: `mean` and `logvar` (b f h w c), the scenes one after another along f; `text`
         (b s t x).
 
     Raises:
-        UserError: the batch cannot be shared out evenly; while iterating, a cached file is gone or damaged.
+        UserError: while iterating, a cached file is gone or damaged.
     """
-    index, count = shard
-    if global_batch_size % count:
-        raise UserError(f"global_batch_size={global_batch_size} cannot be shared out over {count} processes evenly")
+    rows = range(global_batch_size) if rows is None else rows
 
     def read(item: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         scenes = [cache.read(clip, int(rng.integers(cache.settings.variants))) for clip in samples.draw(item, rng)]
@@ -51,12 +49,10 @@ def make_batches(
             "text": np.stack([scene["text"] for scene in scenes]),
         }
 
-    batches = (
-        grain.MapDataset.range(len(samples))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(read)[index::count]
-        .batch(global_batch_size // count, drop_remainder=True)[start_step:]
-    )
-    return iter(batches.to_iter_dataset(_READ))
+    drawn = grain.MapDataset.range(len(samples)).seed(seed).shuffle().repeat().random_map(read)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        parts = [drawn[step * global_batch_size + row] for row in rows]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    return iter(grain.MapDataset.range(start_step, _NO_END).map(batch).to_iter_dataset(_READ))

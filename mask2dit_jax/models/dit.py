@@ -17,17 +17,19 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Float
 
-from mask2dit_jax.axes import Floats, Ints
+from mask2dit_jax.axes import Floats, Ints, NpInts
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.ops import positions
+from mask2dit_jax.ops import attention_splash, positions
 from mask2dit_jax.ops.attention import attend
+from mask2dit_jax.parallel.sharding import HEADS, HIDDEN, SAMPLES, TOKENS, constrain
 
 QK_NORM_EPS = 1e-6  # fixed in the reference; the other norms read norm_eps
 
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(attention_splash.RESIDUALS),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -41,8 +43,9 @@ class DiTConfig:
             base model was trained with: they fix the base grid of the positions.
         mask: attention mask variant, v1..v5.
         attention: implementation of `ops.attention.attend`.
-        remat: what the backward pass keeps of a block: "none" recomputes nothing, "full" everything, "dots" all
-            but matrix products.
+        remat: what the backward pass keeps of a block: "none" recomputes nothing, "full" everything, "attention" all
+            but attention (splash only: keeps its output, saves a seventh of the 5B's roofline step), "dots" all but
+            matrix products.
     """
 
     num_heads: int
@@ -67,6 +70,11 @@ class DiTConfig:
     mask: str = "v2"
     attention: str = "grouped"
     remat: str = "none"
+
+    def __post_init__(self):
+        split, dim = ("head_dim", self.head_dim) if self.rope else ("num_heads * head_dim", self.width)
+        if dim % 16:  # a quarter for time and three eighths for each spatial axis, all in pairs
+            raise UserError(f"{split}={dim} cannot be split over the axes of the positions; give a multiple of 16")
 
     @classmethod
     def cogvideox_2b(cls, **overrides) -> "DiTConfig":
@@ -101,14 +109,14 @@ class DiTConfig:
         for key, wanted in _SUPPORTED.items():
             if raw.get(key, wanted) != wanted:
                 raise UserError(f"transformer config.json: {key}={raw[key]!r} is not supported, only {wanted!r} is")
+        missing = [key for key in _REQUIRED if key not in raw]
+        if missing:
+            raise UserError(f"transformer config.json: {', '.join(missing)} missing; is it a CogVideoX transformer?")
         if raw.get("out_channels") not in (None, raw["in_channels"]):
             raise UserError(
                 f"transformer config.json: out_channels={raw['out_channels']} differs from "
                 f"in_channels={raw['in_channels']}; image-to-video and inpainting models are not supported"
             )
-        missing = [key for key in _REQUIRED if key not in raw]
-        if missing:
-            raise UserError(f"transformer config.json: {', '.join(missing)} missing; is it a CogVideoX transformer?")
         types = {field.name: field.type for field in dataclasses.fields(cls)}
         fields = {name: types[name](raw[key]) for name, key in _JSON_NAMES.items() if key in raw}
         return cls(mask=f"v{raw.get('attn_msk_version', 2)}", **fields)
@@ -169,13 +177,22 @@ class Modulation(nnx.Module):
         self.linear = nnx.Linear(config.time_embed_dim, kinds * parts * config.width, kernel_init=zeros, **kwargs)
 
     def __call__(self, time: Floats["b s e"]) -> Floats["b kinds s parts d"]:
-        flat = self.linear(jax.nn.silu(time))
+        flat = constrain(self.linear(jax.nn.silu(time)), SAMPLES)
         return rearrange(flat, "b s (kinds parts d) -> b kinds s parts d", kinds=self.kinds, parts=self.parts)
 
 
 def _layer_norm(width: int, epsilon: float, **kwargs) -> nnx.LayerNorm:
     # The fast variance, E[x^2] - E[x]^2, loses the digits that parity needs.
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **kwargs)
+
+
+def _per_token(one_hot: Float[np.ndarray, "l g"], per_group: Floats["b g p d"]) -> list[Floats["b l d"]]:
+    """The vectors of each token's group, one array for each of the p parts.
+
+    A product with a one-hot matrix, not a gather: its gradient is a product too, where a gather's is a scatter.
+    """
+    one_hot = one_hot.astype(per_group.dtype)
+    return list(jnp.einsum("lg,bgpd->pbld", one_hot, per_group, precision="highest"))
 
 
 class AdaLayerNormZero(nnx.Module):
@@ -188,9 +205,7 @@ class AdaLayerNormZero(nnx.Module):
     def __call__(self, x: Floats["b l d"], time: Floats["b s e"], segments: Float[np.ndarray, "l g"]):
         video, text = jnp.unstack(self.modulation(time), axis=1)  # the reference's order of kinds
         per_segment = jnp.concatenate([text, video], axis=1)  # segments in token order: all texts, all videos
-        # A product with a one-hot matrix, not a gather: its gradient is a product too, where a gather's is a scatter.
-        per_token = jnp.einsum("lg,bgpd->pbld", segments.astype(x.dtype), per_segment, precision="highest")
-        shift, scale, gate = jnp.unstack(per_token)
+        shift, scale, gate = _per_token(segments, per_segment)
         return self.norm(x) * (1 + scale) + shift, gate
 
 
@@ -213,6 +228,7 @@ class Attention(nnx.Module):
         q, k = self.norm_q(q), self.norm_k(k)
         if rope is not None:
             q, k = positions.rotate(q, rope), positions.rotate(k, rope)
+        q, k, v = (constrain(x, HEADS) for x in (q, k, v))
         out = attend(q, k, v, mask=self.config.mask, layout=layout, implementation=self.config.attention)
         return self.out(rearrange(out, "b l k m -> b l (k m)"))
 
@@ -226,7 +242,7 @@ class FeedForward(nnx.Module):
         self.down = nnx.Linear(4 * config.width, config.width, **kwargs)
 
     def __call__(self, x: Floats["b l d"]) -> Floats["b l d"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(constrain(jax.nn.gelu(self.up(x), approximate=True), HIDDEN))
 
 
 class Block(nnx.Module):
@@ -312,7 +328,7 @@ class DiT(nnx.Module):
         time = self.time_embed(timesteps)
         x = embedded = self._embed(latents, text, layout)
         x, blocks = self._run_blocks(x, time, layout, keep_all=intermediates)
-        out = self._unembed(x[:, layout.num_text_tokens :], time, layout)
+        out = self._unembed(x, time, layout)
         if not intermediates:
             return out
         return out, {"time": time, "embedded": embedded, "blocks": blocks}
@@ -326,26 +342,36 @@ class DiT(nnx.Module):
 
     def _embed(self, latents, text, layout) -> Floats["b l d"]:
         p = self.config.patch_size
-        video = self.patch_embed(rearrange(latents, "b f (h p) (w q) c -> b (f h w) (p q c)", p=p, q=p))
+        num_text = layout.num_text_tokens
+        patches = rearrange(latents, "b f (h p) (w q) c -> b (f h w) (p q c)", p=p, q=p)
+        # Placed among all tokens before they become wide: joined after, neither part would divide over the mesh.
+        video = constrain(self.patch_embed(constrain(_after_text(patches, num_text), TOKENS)), TOKENS)
         if not self.config.rope:
-            video += positions.sincos_table(
+            table = positions.sincos_table(
                 layout,
                 (self.config.base_frames, *self.config.base_grid),
                 self.config.width,
                 self.config.spatial_interpolation_scale,
                 self.config.temporal_interpolation_scale,
-            ).astype(video.dtype)
-        return jnp.concatenate([rearrange(self.text_embed(text), "b s t d -> b (s t) d"), video], axis=1)
+            )
+            video += _after_text(table, num_text).astype(video.dtype)
+        token = jnp.arange(layout.num_tokens)[:, None]
+        # One-hot again: the gradient of a gather would bring the tokens of all chips to each of them.
+        place = (token == jnp.arange(num_text)).astype(video.dtype)
+        text = constrain(rearrange(self.text_embed(text), "b s t d -> b (s t) d"), SAMPLES)
+        text = jnp.einsum("lt,btd->bld", place, text, precision="highest")
+        return constrain(jnp.where(token < num_text, text, video), TOKENS)
 
     def _run_blocks(self, x, time, layout, keep_all):
         rope = None
         if self.config.rope:
             rope = positions.rope_table(layout, self.config.base_grid, self.config.head_dim)
-        segments = _one_hot_segments(layout)
+        lengths = [segment.stop - segment.start for segment in layout.segments]
+        segments = _one_hot(np.repeat(np.arange(len(lengths)), lengths), len(lengths))
         graph, params = nnx.split(self.blocks)
 
         def body(x, layer):
-            x = nnx.merge(graph, layer)(x, time, rope, segments, layout)
+            x = constrain(nnx.merge(graph, layer)(x, time, rope, segments, layout), TOKENS)
             return x, x if keep_all else None
 
         if self.config.remat != "none":
@@ -353,13 +379,14 @@ class DiT(nnx.Module):
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         return jax.lax.scan(body, x, params)
 
-    def _unembed(self, video, time, layout) -> Floats["b f h w c"]:
+    def _unembed(self, x, time, layout) -> Floats["b f h w c"]:
         (h, w), p = layout.grid, self.config.patch_size
-        shift, scale = jnp.unstack(self.modulation_out(time)[:, 0, layout.frame_scenes], axis=2)  # each (b f d)
-        video = rearrange(self.norm_final(video), "b (f n) d -> b f n d", n=layout.tokens_per_frame)
-        video = self.proj_out(self.norm_out(video) * (1 + scale[:, :, None]) + shift[:, :, None])
+        scenes = _one_hot(layout.token_scenes, layout.num_scenes)
+        shift, scale = _per_token(scenes, self.modulation_out(time)[:, 0])
+        x = self.proj_out(self.norm_out(self.norm_final(x)) * (1 + scale) + shift)
+        video = constrain(constrain(x, TOKENS)[:, layout.num_text_tokens :], SAMPLES)
         # The reference's patches have their channels first.
-        return rearrange(video, "b f (h w) (c p q) -> b f (h p) (w q) c", h=h, w=w, p=p, q=p)
+        return rearrange(video, "b (f h w) (c p q) -> b f (h p) (w q) c", h=h, w=w, p=p, q=p)
 
 
 def _stack(make, num_layers: int, rngs: nnx.Rngs):
@@ -367,7 +394,11 @@ def _stack(make, num_layers: int, rngs: nnx.Rngs):
     return nnx.split_rngs(splits=num_layers)(nnx.vmap(make))(rngs)
 
 
-def _one_hot_segments(layout: SceneLayout) -> Float[np.ndarray, "l g"]:
-    """Row l has its 1 at the segment of token l."""
-    lengths = [segment.stop - segment.start for segment in layout.segments]
-    return np.repeat(np.eye(len(lengths), dtype=np.float32), lengths, axis=0)
+def _one_hot(groups: NpInts[" l"], count: int) -> Float[np.ndarray, "l g"]:
+    """Row l has its 1 at the group of token l."""
+    return np.eye(count, dtype=np.float32)[groups]
+
+
+def _after_text(x: Floats["... v c"], num_text_tokens: int) -> Floats["... l c"]:
+    """Video tokens at their places among all tokens; zeros where the texts are."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(num_text_tokens, 0), (0, 0)])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from mask2dit_jax.axes import Array, Floats
 from mask2dit_jax.diffusion import scenes
@@ -15,6 +16,9 @@ from mask2dit_jax.diffusion.guidance import guidance_scales, guide
 from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.parallel import sharding
+from mask2dit_jax.parallel.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +46,17 @@ class SamplingConfig:
 class WindowSampler:
     """Denoises windows of scenes. Each layout of scenes is compiled once, however many windows and seeds follow."""
 
-    def __init__(self, graph: nnx.GraphDef, params: nnx.State, schedule: NoiseSchedule, config: SamplingConfig):
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        params: nnx.State,
+        schedule: NoiseSchedule,
+        config: SamplingConfig,
+        mesh: Mesh | None = None,
+    ):
+        """The parameters lie on `mesh` (the first device alone if not given); for `lower` they may be abstract."""
         self._params, self._config, self._schedule = params, config, schedule
+        self._mesh = mesh or make_mesh(devices=jax.devices()[:1])
         self._sampler = Sampler(config.sampler, schedule)
         self._scales = guidance_scales(config.guidance, config.guidance_scale, self._sampler.timesteps)
         self._step = jax.jit(make_denoise_step(graph, self._sampler, guided=config.guided), static_argnames="layout")
@@ -81,17 +94,36 @@ class WindowSampler:
             on_step: called with the latents after every step.
         """
         text = jnp.concatenate([negative_text, text]) if self._config.guided else text
-        # Onto the parameters' devices: what jit sees must not differ from step to step or from window to window, or it
-        # compiles again.
-        place = jax.tree.leaves(self._params)[0].sharding
-        place = jax.sharding.NamedSharding(place.mesh, jax.P()) if hasattr(place, "mesh") else place
+        # What jit sees must not differ from step to step or from window to window, or it compiles again.
+        place = sharding.replicated(self._mesh)
         state, latents, text, key = jax.device_put((self._sampler.init(latents), latents, text, key), place)
         x = latents
-        for step in progress(range(self.num_steps)):
-            scale = np.float32(self._scales[step])
-            state, x = self._step(self._params, state, x, latents, text, is_known, scale, key, layout=layout)
-            on_step(x.block_until_ready())  # a step takes seconds; a progress bar that runs ahead would lie
+        with jax.set_mesh(self._mesh):
+            for step in progress(range(self.num_steps)):
+                scale = np.float32(self._scales[step])
+                state, x = self._step(self._params, state, x, latents, text, is_known, scale, key, layout=layout)
+                on_step(x.block_until_ready())  # a step takes seconds; a progress bar that runs ahead would lie
         return x
+
+    def lower(self, model: DiTConfig, layout: SceneLayout, platform: str) -> jax.stages.Lowered:
+        """One step of the loop for one story, to be compiled for the devices of the mesh."""
+        place = sharding.replicated(self._mesh)
+        height, width = (side * model.patch_size for side in layout.grid)
+        latents = jax.ShapeDtypeStruct((1, layout.num_frames, height, width, model.latent_channels), jnp.float32)
+        text = (1 + self._config.guided, layout.num_scenes, layout.text_tokens, model.text_embed_dim)
+        arrays = (  # in the order of denoise_step
+            jax.eval_shape(self._sampler.init, latents),
+            latents,
+            latents,
+            jax.ShapeDtypeStruct(text, jnp.float32),
+            jax.ShapeDtypeStruct((layout.num_scenes,), jnp.bool_),
+            jax.ShapeDtypeStruct((), jnp.float32),
+            jax.eval_shape(lambda: jax.random.key(0)),
+        )
+        arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays)
+        with jax.set_mesh(self._mesh):
+            traced = self._step.trace(self._params, *arrays, layout=layout)
+            return traced.lower(lowering_platforms=(platform,))
 
 
 def make_denoise_step(graph: nnx.GraphDef, sampler: Sampler, *, guided: bool):

@@ -4,6 +4,7 @@ The parameters are an item of their own, so that sampling, export and a next sta
 `record` is JSON: the model's config, where the frozen components came from, and the resolved run config.
 """
 
+import contextlib
 import json
 from typing import Any
 
@@ -29,7 +30,7 @@ def open_manager(workdir: epath.PathLike, *, keep: int, asynchronous: bool = Tru
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written ({error.strerror or error}); choose another") from error
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous)
@@ -65,12 +66,9 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> TrainState:
             f"start one in another workdir with --config.init_from={manager.directory.parent}"
         )
     targets = {"step": abstract.step, "opt_state": abstract.opt_state}
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params), train=ocp.args.StandardRestore(targets)
-        ),
-    )
+    args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract.params), train=ocp.args.StandardRestore(targets))
+    with _damage_named(manager.directory / str(step)):
+        restored = manager.restore(step, args=args)
     return TrainState(restored.train["step"], restored.params, restored.train["opt_state"])
 
 
@@ -107,8 +105,8 @@ def read_record(checkpoint: epath.Path) -> dict[str, Any]:
 def load_params(checkpoint: epath.Path, abstract: nnx.State) -> nnx.State:
     """The parameters of a checkpoint, onto the shardings and dtypes of `abstract`."""
     stored_shapes(checkpoint, abstract)
-    with _reader(checkpoint) as manager:
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+    args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+    with _damage_named(checkpoint), _reader(checkpoint) as manager:
         return manager.restore(int(checkpoint.name), args=args).params
 
 
@@ -118,12 +116,25 @@ def stored_shapes(checkpoint: epath.Path, abstract: nnx.State) -> nnx.State:
     Raises:
         UserError: its shapes are not those of `abstract`; Orbax would report that as a page of tree differences.
     """
-    with _reader(checkpoint) as manager:
+    with _damage_named(checkpoint), _reader(checkpoint) as manager:
         stored = jax.tree.leaves(manager.item_metadata(int(checkpoint.name)).params)
     leaves, tree = jax.tree.flatten(abstract)
     if [tuple(leaf.shape) for leaf in stored] != [tuple(leaf.shape) for leaf in leaves]:
         raise UserError(f"checkpoint {checkpoint} is of a model of other sizes than its record says; use another one")
     return tree.unflatten([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in stored])
+
+
+@contextlib.contextmanager
+def _damage_named(checkpoint: epath.Path):
+    """A file that is missing or cut short inside a checkpoint shows as one of many kinds of error, pages long."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+        raise UserError(
+            f"checkpoint {checkpoint} is damaged ({reason}); delete its folder to go on from the one before, or use "
+            "another one"
+        ) from error
 
 
 def _reader(checkpoint: epath.Path) -> ocp.CheckpointManager:

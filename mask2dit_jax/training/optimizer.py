@@ -13,8 +13,8 @@ SCHEDULES = ("constant", "cosine")
 class OptimizerConfig:
     """Attributes:
     warmup_steps: the learning rate rises linearly from 0 over so many steps.
-    schedule: what follows: "constant" (the paper), or "cosine", down to 0 at num_steps.
-    num_steps: of the run; only "cosine" needs it.
+    schedule: what follows: "constant" (the paper), or "cosine", down to 0 at decay_steps.
+    decay_steps: of "cosine". It is not the run's num_steps, so that a run that is made longer stays the same run.
     clip_norm: the global norm that gradients are scaled down to.
     """
 
@@ -26,12 +26,16 @@ class OptimizerConfig:
     weight_decay: float = 3e-2
     clip_norm: float = 0.05
     schedule: str = "constant"
-    num_steps: int = 0
+    decay_steps: int = 0
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise UserError(
                 f"optimizer.schedule {self.schedule!r} does not exist; choose one of {', '.join(SCHEDULES)}"
+            )
+        if self.schedule == "cosine" and self.decay_steps <= self.warmup_steps:
+            raise UserError(
+                f"optimizer.decay_steps={self.decay_steps} must be more than optimizer.warmup_steps={self.warmup_steps}"
             )
 
 
@@ -40,7 +44,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     rise = optax.linear_schedule(0.0 if warmup else peak, peak, max(warmup, 1))
     if config.schedule == "constant":
         return rise
-    fall = optax.cosine_decay_schedule(peak, max(config.num_steps - warmup, 1))
+    fall = optax.cosine_decay_schedule(peak, config.decay_steps - warmup)
     return optax.join_schedules([rise, fall], [warmup])
 
 

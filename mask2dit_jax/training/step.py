@@ -80,7 +80,7 @@ def denoising_loss(
     return loss, {"loss_per_sample": per_sample, "prediction": prediction, "noisy": noisy, "target": target}
 
 
-def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, objective: Objective, key: Array):
+def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, objective: Objective, seed: int):
     """`train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     The metrics are device scalars, so that a step never waits for the host: loss, grad_norm (before clipping), and
@@ -88,7 +88,8 @@ def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation
     """
 
     def train_step(state: TrainState, batch: Batch):
-        inputs = _draw_inputs(jax.random.fold_in(key, state.step), batch, objective)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        inputs = _draw_inputs(key, batch, objective)
 
         def loss_fn(params):
             loss, aux = denoising_loss(nnx.merge(graph, params), objective, *inputs)

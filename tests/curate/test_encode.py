@@ -9,7 +9,9 @@ from mask2dit_jax.data.sampling import PretrainSampling, SftSampling
 from mask2dit_jax.errors import UserError
 from tests.data.clips import GREY_STEP, make_clip
 
-SETTINGS = CacheSettings(SftSampling(9, 1, 3), size=(16, 16), variants=3, seed=0, max_tokens=4, encoders="stub")
+SETTINGS = CacheSettings(
+    SftSampling(9, 1, 3), size=(16, 16), variants=3, seed=0, max_tokens=4, encoders="stub", compute_dtype="float32"
+)
 
 
 class Encoders:

@@ -9,7 +9,9 @@ from mask2dit_jax.data.sampling import PretrainSampling, SftSampling
 from mask2dit_jax.data.sources import Clip
 from mask2dit_jax.errors import UserError
 
-SETTINGS = CacheSettings(SftSampling(9, 1, 3), size=(32, 48), variants=2, seed=5, max_tokens=4, encoders="abc")
+SETTINGS = CacheSettings(
+    SftSampling(9, 1, 3), size=(32, 48), variants=2, seed=5, max_tokens=4, encoders="abc", compute_dtype="float32"
+)
 
 
 def encoded(rng):
@@ -83,6 +85,7 @@ def test_other_captions_of_one_video_are_other_clips(cache, clip):
         {"seed": 6},
         {"max_tokens": 5},
         {"encoders": "abd"},
+        {"compute_dtype": "bfloat16"},
     ],
 )
 def test_every_setting_has_its_own_folder(tmp_path, cache, change):

@@ -38,7 +38,6 @@ SMALL_RUN = SMALL + settings(
     global_batch_size=2,
     num_steps=2,
     log_every=1,
-    optimizer__schedule="constant",  # a cosine depends on num_steps, which resuming tests change
     optimizer__learning_rate=1e-3,
 )
 

@@ -25,12 +25,15 @@ TRAIN, SAMPLE = "configs/pretrain.py:tiny", "configs/sample.py:tiny"
         ("--config.keep_checkpoints=0", ["keep_checkpoints=0", "at least 1"]),
         ("--config.data.clip_variants=0", ["data.clip_variants=0", "at least 1"]),
         ("--config.num_scenes=0", ["num_scenes=0", "at least 1"]),
+        ("--config.model.num_layers=0", ["model.num_layers=0", "at least 1"]),
+        ("--config.model.head_dim=24", ["head_dim=24", "multiple of 16"]),
+        ("--config.optimizer.decay_steps=50", ["decay_steps=50", "warmup_steps=50"]),
         ("--config.data.min_stride=3", ["min_stride=3", "max_stride=2"]),
         ("--config.condition_probability=1.5", ["condition_probability=1.5", "between 0 and 1"]),
         ("--config.seed=-1", ["seed=-1", "between 0"]),
         ("--config.mask=v6", ["mask 'v6'", "v1, v2, v3, v4, v5"]),
         ("--config.attention=flash", ["attention 'flash'", "dense, grouped"]),
-        ("--config.remat=some", ["remat 'some'", "none, full, dots"]),
+        ("--config.remat=some", ["remat 'some'", "none, full, attention, dots"]),
         ("--config.condition=dirty", ["condition 'dirty'", "clean, noised"]),
         ("--config.data.kind=videos", ["data.kind 'videos'", "pretrain, sft"]),
         ("--config.compute_dtype=float16", ["'float16'", "range is too small", "float32, bfloat16"]),
@@ -121,9 +124,12 @@ def test_other_command_lines(commands, main, flags, told):
 
 
 def test_a_batch_is_shared_out_over_all_devices(commands, dataset, tmp_path):
-    flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, global_batch_size=3)
-    line = commands.fail("train", *flags, XLA_FLAGS="--xla_force_host_platform_device_count=2")
-    assert "global_batch_size 3 does not divide over 2 devices; use a multiple of 2" in line
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, global_batch_size=3, mesh__fsdp=2)
+    line = commands.fail("train", *flags, **devices)
+    assert "global_batch_size=3 does not divide over mesh.data x mesh.fsdp = 2; use a multiple of 2" in line
+    flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, mesh__tensor=3)
+    assert "does not fit 2 devices; set --config.mesh.AXIS" in commands.fail("train", *flags, **devices)
 
 
 def test_folders_that_cannot_be_written(commands, dataset, pretrain_workdir, tmp_path):

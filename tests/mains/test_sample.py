@@ -61,8 +61,10 @@ def test_report(commands, story, dataset):
 
 
 def test_a_seed_is_a_story(commands, story, pretrain_workdir, tmp_path):
+    """The storyboard holds frames as they were sampled; x264 now and then codes the same ones another way."""
     sample(commands, tmp_path / "again", pretrain_workdir)
-    np.testing.assert_array_equal(frames(story[0] / "story.mp4"), frames(tmp_path / "again" / "story.mp4"))
+    assert (story[0] / "storyboard.png").read_bytes() == (tmp_path / "again" / "storyboard.png").read_bytes()
+    assert np.abs(frames(story[0] / "story.mp4") - frames(tmp_path / "again" / "story.mp4").astype(int)).mean() < 1
     sample(commands, tmp_path / "other", pretrain_workdir, seed=1)
     assert np.abs(frames(story[0] / "story.mp4") - frames(tmp_path / "other" / "story.mp4").astype(int)).mean() > 3
 

@@ -1,5 +1,7 @@
 """Checkpoints: what is written comes back bit for bit, from wherever it is asked for, and faults are named."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,33 @@ def test_damaged_record(tmp_path):
     (folder / "record" / "metadata").write_text("{")
     with pytest.raises(UserError, match=r"is damaged: .*metadata is missing or no JSON"):
         checkpoint.read_record(folder)
+
+
+def remove_manifest(params):
+    next(Path(params).rglob("manifest.ocdbt")).unlink()
+
+
+def cut_metadata(params):
+    file = params / "_METADATA"
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def cut_data(params):
+    for file in Path(params).rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [remove_manifest, cut_metadata, cut_data])
+def test_damaged_parameters(damage, tmp_path):
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        checkpoint.save(manager, make_state(2), RECORD)
+    folder = checkpoint.find(tmp_path)
+    damage(folder / "params")
+    named = "checkpoints/2 is damaged .*; delete its folder to go on from the one before, or use another"
+    with pytest.raises(UserError, match=named):
+        checkpoint.load_params(folder, abstract(make_state().params))
+    with checkpoint.open_manager(tmp_path, keep=1) as manager, pytest.raises(UserError, match=named):
+        checkpoint.restore(manager, abstract(make_state()))
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):

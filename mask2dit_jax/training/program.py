@@ -1,0 +1,127 @@
+"""A training run as XLA sees it: one step, what goes into it, and where all of it lies on a mesh.
+
+`train` runs it on the devices there are; `train_compile` compiles the same for devices that are not.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from mask2dit_jax.axes import Array
+from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.parallel import sharding
+from mask2dit_jax.parallel.mesh import check_batch, check_tokens
+from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer
+from mask2dit_jax.training.step import Objective, TrainState, init_state, make_train_step
+
+AbstractBatch = dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainProgram:
+    """What is trained, how, and on which mesh.
+
+    Attributes:
+        dtype: of the computation.
+        param_dtype: of the parameters and of the optimiser's moments.
+        seed: of the parameters, when they start from scratch, and of all that a step draws.
+
+    Raises:
+        UserError: the batch or the tokens of a sample do not divide over the mesh.
+    """
+
+    mesh: Mesh
+    model: DiTConfig
+    objective: Objective
+    optimizer: OptimizerConfig
+    global_batch_size: int
+    seed: int = 0
+    dtype: DTypeLike = jnp.bfloat16
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        check_batch(self.global_batch_size, self.mesh)
+        check_tokens(self.objective.layout.num_tokens, self.mesh)
+
+    @functools.cached_property
+    def _split_model(self) -> tuple[nnx.GraphDef, nnx.State]:
+        kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return nnx.split(nnx.eval_shape(lambda: DiT(self.model, rngs=nnx.Rngs(self.seed), **kwargs)))
+
+    @property
+    def abstract_params(self) -> nnx.State:
+        """Shape, dtype and sharding of every parameter."""
+        params = self._split_model[1]
+        return sharding.placed(params, sharding.parameter_shardings(params, self.mesh, sharding.DIT))
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shape, dtype and sharding of the whole state: what a checkpoint is restored onto."""
+        state = jax.eval_shape(self._init_state, self._split_model[1])
+        return sharding.placed(state, sharding.parameter_shardings(state, self.mesh, sharding.DIT))
+
+    @functools.cached_property
+    def abstract_batch(self) -> AbstractBatch:
+        """Shape, dtype and sharding of a global batch."""
+        layout, model = self.objective.layout, self.model
+        height, width = (side * model.patch_size for side in layout.grid)
+        shapes = dict.fromkeys(("mean", "logvar"), (layout.num_frames, height, width, model.latent_channels))
+        shapes["text"] = (layout.num_scenes, layout.text_tokens, model.text_embed_dim)
+        place = NamedSharding(self.mesh, sharding.SAMPLES)
+        return {
+            name: jax.ShapeDtypeStruct((self.global_batch_size, *shape), jnp.float32, sharding=place)
+            for name, shape in shapes.items()
+        }
+
+    @functools.cached_property
+    def step(self):
+        """The jitted `train_step(state, batch) -> (state, metrics)`; the state given is used up."""
+        train_step = make_train_step(self._split_model[0], make_optimizer(self.optimizer), self.objective, self.seed)
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(self.mesh)))
+
+    def lower(self, platform: str) -> jax.stages.Lowered:
+        """The step, to be compiled for the devices of the mesh."""
+        with jax.set_mesh(self.mesh):
+            return self.step.trace(self.abstract_state, self.abstract_batch).lower(lowering_platforms=(platform,))
+
+    def random_params(self) -> nnx.State:
+        """Parameters of a run from scratch, each made where it belongs; the same on every mesh."""
+
+        def init():
+            return nnx.state(DiT(self.model, rngs=nnx.Rngs(self.seed), param_dtype=self.param_dtype))
+
+        return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_params))()
+
+    def start(self, params: nnx.State) -> TrainState:
+        """The state of step 0; uses `params` up."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        return jax.jit(self._init_state, out_shardings=shardings, donate_argnums=0)(params)
+
+    def _init_state(self, params: nnx.State) -> TrainState:
+        return init_state(params, make_optimizer(self.optimizer))
+
+
+def local_rows(abstract: AbstractBatch) -> list[int]:
+    """The samples of a global batch that this process's devices need. Processes along context share theirs."""
+    whole = jax.tree.leaves(abstract)[0]
+    indices = whole.sharding.addressable_devices_indices_map(whole.shape).values()
+    return sorted({row for index in indices for row in range(whole.shape[0])[index[0]]})
+
+
+def global_batch(batch: dict[str, np.ndarray], abstract: AbstractBatch, rows: list[int]) -> dict[str, Array]:
+    """The global arrays of a batch, of which this process has read `rows`."""
+
+    def place(read, whole):
+        def shard(index):
+            return read[[rows.index(row) for row in range(whole.shape[0])[index[0]]]]
+
+        return jax.make_array_from_callback(whole.shape, whole.sharding, shard)
+
+    return jax.tree.map(place, batch, abstract)

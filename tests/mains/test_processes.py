@@ -1,0 +1,40 @@
+"""Several processes, each with a device of its own, take the same steps as one."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+from tests.mains.test_train import read
+
+
+def train_together(commands, count: int, folder, flags) -> list:
+    """Runs `train` in `count` processes at once; their output goes into folders of their own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+
+    def run(number: int):
+        told = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(count), "PROCESS_ID": str(number)}
+        (folder / str(number)).mkdir(parents=True)
+        return type(commands)(folder / str(number))("train", *flags, **told)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2}, {"fsdp": 2, "context": 2}])
+def test_training(sizes, commands, dataset, pretrain_workdir, tmp_path):
+    """The cache is new, so that the processes also share the encoding of the clips."""
+    count = int(np.prod(list(sizes.values())))
+    fields = {f"mesh__{axis}": size for axis, size in sizes.items()} | {"data__cache": tmp_path / "cache"}
+    workdir = tmp_path / "run"
+    flags = commands.train_flags("pretrain", workdir, dataset.csv, **fields)
+    for finished in train_together(commands, count, tmp_path / "processes", flags):
+        assert finished.code == 0, finished.stderr
+    ours, alone = read(workdir, 2), read(pretrain_workdir, 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours["params"], alone["params"])
+    assert len(list(workdir.glob("events*"))) == 1
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == len(dataset.clips)
