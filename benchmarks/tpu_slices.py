@@ -1,0 +1,70 @@
+"""Compiles the ready configs for every slice and writes the table of docs/tpu.md.
+
+    python benchmarks/tpu_slices.py --figures=DIR [--only=sft.py:5b]
+
+One process a program, as each takes 1 to 3 minutes and up to 4 GB; what is in DIR already is not compiled again. The
+two stages are the same program (p is data), so SFT stands for both.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is no part of the package
+
+from configs.slices import SLICES
+from mask2dit_jax.parallel.chips import parse_topology
+
+FIGURES = flags.DEFINE_string("figures", None, "Folder for a JSON file a program.", required=True)
+ONLY = flags.DEFINE_string("only", "", "Compile only programs whose name holds this.")
+TABLE = flags.DEFINE_string("table", "docs/tpu.md", "The page whose table is rewritten.")
+
+PROGRAMS = tuple(f"{stage}.py:{size},{name}" for stage in ("sft", "sample") for size in ("2b", "5b") for name in SLICES)
+BEGIN, END = "<!-- table: benchmarks/tpu_slices.py -->", "<!-- end of table -->"
+HEAD = (
+    "| config | chips | mesh d x f x c x t | batch | HBM GiB a chip | to spare | matrix work | attention work "
+    "| collectives, exposed | roofline | MFU at most | compiled in |\n" + "|---" * 12 + "|"
+)
+
+
+def figures_of(program: str, folder: Path) -> Path:
+    """Compiled if need be."""
+    path = folder / f"{program.replace('.py:', '_').replace(',', '_')}.json"
+    if not path.exists() and ONLY.value in program:
+        print(program, flush=True)
+        command = ["-m", "mask2dit_jax.train_compile", f"--config=configs/{program}"]
+        topology = program.partition(",")[2]
+        subprocess.run([sys.executable, *command, f"--topology={topology}", f"--json={path}"], check=False)
+    return path
+
+
+def row(program: str, found: dict) -> str:
+    mesh = " x ".join(str(size) for size in found["mesh"].values())
+    start = f"| `{program}` | {parse_topology(program.partition(',')[2]).num_chips} | {mesh} | {found['batch']} "
+    memory = f"| {found['hbm_peak_gib']:.1f} of {found['hbm_limit_gib']:.1f} | {found['hbm_headroom_gib']:.1f} "
+    if found["roofline_seconds"] is None:
+        return start + memory + "| - " * 5 + f"| {found['compile_seconds']:.0f} s |"
+    matmul = found["matmul_flops_executed"] / found["matmul_flops_ideal"]
+    attention = found["attention_flops_executed"] / found["attention_flops_ideal"]
+    exposed = found["exposed_collective_seconds"] / found["roofline_seconds"]
+    return (
+        f"{start}{memory}| {matmul:.2f} x ideal | {attention:.2f} x ideal "
+        f"| {found['collective_seconds']:.2f} s, {exposed:.0%} | {found['roofline_seconds']:.2f} s "
+        f"| {found['mfu_ceiling']:.0%} | {found['compile_seconds']:.0f} s |"
+    )
+
+
+def main(_):
+    folder, page = Path(FIGURES.value), Path(TABLE.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {program: figures_of(program, folder) for program in PROGRAMS}
+    rows = [row(program, json.loads(path.read_text())) for program, path in paths.items() if path.exists()]
+    before, _, rest = page.read_text().partition(BEGIN)
+    page.write_text("\n".join([before + BEGIN, "", HEAD, *rows, "", END]) + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    app.run(main)

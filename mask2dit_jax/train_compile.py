@@ -1,0 +1,214 @@
+"""What fits on a slice of TPUs and what a step costs there, without a TPU: compiles the programs of a config for it.
+
+    python -m mask2dit_jax.train_compile --config=configs/sft.py:5b --topology=v5p:4x4x4 --json=FILE
+
+A training config compiles the very `train_step` that train runs, a sampling config the denoising step that sample
+runs; --encoders adds the text encoder and the VAE. Without pretrained weights the sizes are CogVideoX's own. FILE
+holds the figures of the main program, those of all under "programs", and what the job holds in HBM at once under "job".
+"""
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+from absl import flags, logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from mask2dit_jax import setup_run
+from mask2dit_jax.compile_report.report import (
+    CompileReport,
+    ModelFlops,
+    compile_and_analyse,
+    format_table,
+    splash_kernel_flops,
+)
+from mask2dit_jax.data.output_file import atomic_output
+from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from mask2dit_jax.encoders import text_encode, video_decode, video_encode
+from mask2dit_jax.errors import UserError, run_main
+from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models import flops
+from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.models.t5 import T5Config, T5Encoder
+from mask2dit_jax.models.vae import VAE, VAEConfig
+from mask2dit_jax.ops.attention_splash import FORWARD_PRODUCTS, splash_work
+from mask2dit_jax.parallel import sharding
+from mask2dit_jax.parallel.chips import Topology, parse_topology, prepare_compiler
+from mask2dit_jax.parallel.mesh import CONTEXT, DATA, FSDP, TENSOR, check_tokens, local_mesh, make_mesh
+from mask2dit_jax.parallel.module import abstract_module
+from mask2dit_jax.port import pretrained as port
+from mask2dit_jax.sampling.generate import WindowSampler
+from mask2dit_jax.transformer import TransformerSource
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:5b.", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips to compile for: v5p:4x4x4, v5e:8x8, or by product, v5p-128.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of such slices, joined over the data center network.")
+_JSON = flags.DEFINE_string("json", None, "File for the figures.")
+_ENCODERS = flags.DEFINE_bool("encoders", False, "Compile the text encoder and the VAE as well, and add up the job.")
+flags.mark_flags_as_required(["config", "topology"])
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
+    prepare_compiler()
+    config, topology = _CONFIG.value, parse_topology(_TOPOLOGY.value, _SLICES.value)
+    is_training = "num_steps" in config
+    setup_run.check_values(config, "train_compile", "num_steps" if is_training else "prompts")
+    sizes = Sizes.of(config)
+    batch = config.global_batch_size if is_training else 1 + setup_run.sampling_config(config).guided
+    mesh = make_mesh(config.mesh.to_dict(), topology.devices(), batch)
+    reports = [(_compile_train if is_training else _compile_denoise)(config, mesh, topology, sizes)]
+    if _ENCODERS.value:
+        reports += _compile_encoders(config, topology, sizes, decode=not is_training)
+    print(format_table(reports))
+    job = _job(reports)
+    print(_format_job(job))
+    if _JSON.value:
+        given = {"mesh": dict(mesh.shape), "batch": batch}
+        result = reports[0].to_json() | given | {"job": job, "programs": [report.to_json() for report in reports]}
+        with atomic_output(_JSON.value) as path:
+            path.write_text(json.dumps(result, indent=2) + "\n")
+        print(_JSON.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of all that a job is made of: read from `pretrained`, or CogVideoX's own where nothing is downloaded yet."""
+
+    model: DiTConfig
+    vae: VAEConfig
+    text_encoder: T5Config
+    schedule: ScheduleConfig
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Sizes":
+        if config.pretrained:
+            pretrained = setup_run.resolve_pretrained(config)
+            vae, text_encoder = setup_run.encoder_configs(pretrained)
+            schedule = port.load_schedule(pretrained)
+        else:
+            is_2b = config.preset == "2b"
+            vae = VAEConfig.cogvideox_2b() if is_2b else VAEConfig.cogvideox_5b()
+            schedule = ScheduleConfig.cogvideox_2b() if is_2b else ScheduleConfig.cogvideox_5b()
+            text_encoder = T5Config.xxl()
+        return cls(_transformer_sizes(config, vae, text_encoder), vae, text_encoder, schedule)
+
+
+def _transformer_sizes(config: ConfigDict, vae: VAEConfig, text_encoder: T5Config) -> DiTConfig:
+    """Those of the weights that the config names; else, as in training from scratch, the config's or its preset's."""
+    stored = config.get("checkpoint") or config.get("init_from") or config.pretrained
+    source = TransformerSource.find(stored) if stored else None
+    if source:
+        return source.config()
+    if "model" in config:
+        return setup_run.model_from_scratch(config, vae, text_encoder)
+    if config.preset not in _MODELS:
+        raise UserError(f"there is no transformer in {stored}; set --config.checkpoint to a training workdir")
+    return _MODELS[config.preset](mask=config.mask)
+
+
+_MODELS = {"2b": DiTConfig.cogvideox_2b, "5b": DiTConfig.cogvideox_5b}
+
+
+def _compile_train(config: ConfigDict, mesh: Mesh, topology: Topology, sizes: Sizes) -> CompileReport:
+    program = setup_run.train_program(config, mesh, sizes.model, sizes.vae, sizes.schedule)
+    layout = program.objective.layout
+    needed = _model_flops(program.model, layout, mesh, config.global_batch_size, topology, True)
+    return _compile("train step", lambda: program.lower("tpu"), mesh, topology, needed, layout)
+
+
+def _compile_denoise(config: ConfigDict, mesh: Mesh, topology: Topology, sizes: Sizes) -> CompileReport:
+    sampling = setup_run.sampling_config(config)
+    model = setup_run.with_run_settings(sizes.model, config)
+    layout = setup_run.scene_layout(config, model, sizes.vae)
+    check_tokens(layout.num_tokens, mesh)
+    graph, params = abstract_module(DiT, model, setup_run.resolve_dtype(config.compute_dtype), mesh, sharding.DIT)
+    sampler = WindowSampler(graph, params, NoiseSchedule(sizes.schedule), sampling, mesh)
+    needed = _model_flops(model, layout, mesh, 1 + sampling.guided, topology, False)
+    return _compile("denoising step", lambda: sampler.lower(model, layout, "tpu"), mesh, topology, needed, layout)
+
+
+def _compile_encoders(config: ConfigDict, topology: Topology, sizes: Sizes, decode: bool) -> list[CompileReport]:
+    """The frozen components, each for one scene on one host, as they run. Of these the FLOPs needed are not counted."""
+    dtype = setup_run.resolve_dtype(config.compute_dtype)
+    layout = setup_run.scene_layout(config, sizes.model, sizes.vae)
+    latent_size = [side * sizes.model.patch_size for side in layout.grid]
+    host, frames = topology.host(), (config.num_frames, config.height, config.width)
+    text_mesh, vae_mesh = local_mesh(devices=host.devices()), local_mesh(tuple(latent_size), host.devices())
+    text_graph, text_params = abstract_module(T5Encoder, sizes.text_encoder, dtype, text_mesh, sharding.T5)
+    vae_graph, vae_params = abstract_module(VAE, sizes.vae, dtype, vae_mesh, sharding.VAE)
+    programs = [
+        ("text encode", text_mesh, text_encode(text_graph), text_params, (1, layout.text_tokens), jnp.int32),
+        ("vae encode", vae_mesh, video_encode(vae_graph), vae_params, (*frames, 3), jnp.float32),
+    ]
+    if decode:
+        latents = (layout.frames[0], *latent_size, sizes.vae.latent_channels)
+        run = video_decode(vae_graph, sizes.vae.scaling_factor, config.decode_chunking)
+        programs.append(("vae decode", vae_mesh, run, vae_params, latents, jnp.float32))
+
+    def lower(mesh, run, params, shape, dtype):
+        argument = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
+        return jax.jit(run).trace(params, argument).lower(lowering_platforms=("tpu",))
+
+    return [
+        _compile(name, functools.partial(lower, mesh, *program), mesh, host, ModelFlops(0, 0))
+        for name, mesh, *program in programs
+    ]
+
+
+def _compile(
+    name: str, lower, mesh: Mesh, topology: Topology, needed: ModelFlops, layout: SceneLayout | None = None
+) -> CompileReport:
+    logging.info("%s: mesh %s; lowering", name, " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
+    with jax.set_mesh(mesh):
+        lowered = lower()
+    logging.info("%s: compiling for %d chips", name, topology.num_chips)
+    tokens = (layout.num_tokens // mesh.shape[CONTEXT], layout.num_tokens) if layout else None
+    return compile_and_analyse(lowered, topology=topology, model_flops=needed, name=name, tokens=tokens)
+
+
+def _model_flops(
+    model: DiTConfig, layout: SceneLayout, mesh: Mesh, batch: int, topology: Topology, training: bool
+) -> ModelFlops:
+    passes = flops.TRAINING if training else 1
+    share = passes * batch / mesh.size
+    batch_shards = math.gcd(batch, mesh.shape[DATA] * mesh.shape[FSDP])
+    work = splash_work(
+        model.mask,
+        layout,
+        heads=model.num_heads,
+        head_dim=model.head_dim,
+        context=mesh.shape[CONTEXT],
+        tensor=mesh.shape[TENSOR],
+        batch=batch / batch_shards,
+        mxu=topology.chip.mxu_width,
+    )
+    return ModelFlops(
+        matmul_ideal=flops.matmul_flops(model, layout) * share,
+        attention_ideal=flops.attention_flops(model, layout) * share,
+        kernels=splash_kernel_flops(work.forward_executed / FORWARD_PRODUCTS),
+        head_dim=model.head_dim,
+    )
+
+
+def _job(reports: list[CompileReport]) -> dict:
+    """What a job that holds the arguments of all programs needs while each of them runs, on one chip."""
+    held = sum(report.hbm_arguments_gib or 0 for report in reports)
+    peaks = {r.name: r.hbm_peak_gib + held - (r.hbm_arguments_gib or 0) for r in reports}
+    limit = reports[0].hbm_limit_gib
+    peak = max(peaks.values())
+    return {"hbm_peak_gib": peak, "hbm_limit_gib": limit, "hbm_headroom_gib": limit - peak, "fits": peak <= limit}
+
+
+def _format_job(job: dict) -> str:
+    fits = f"{job['hbm_headroom_gib']:.2f} GiB to spare" if job["fits"] else f"{-job['hbm_headroom_gib']:.2f} GiB over"
+    return f"all of these in one job: {job['hbm_peak_gib']:.2f} of {job['hbm_limit_gib']:.2f} GiB a chip, {fits}"
+
+
+if __name__ == "__main__":
+    run_main(main)
