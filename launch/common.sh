@@ -1,0 +1,68 @@
+# shellcheck shell=bash
+# Sourced by every script: the settings, quoting, and the one way to call gcloud.
+
+set -euo pipefail
+shopt -s inherit_errexit # bash 4.4
+
+LAUNCH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ENV_FILE=${ENV_FILE:-$LAUNCH/env}
+POLL=${POLL:-60} # seconds between two looks at a slice or a job
+
+# Where a dry run prints: the terminal, from inside $(...) and from scripts that scripts call, too.
+if [[ -z ${DRY_RUN_OUT:-} ]]; then
+  exec {DRY_RUN_OUT}>&1
+  export DRY_RUN_OUT
+fi
+
+say() { printf '%s\n' "$*" >&2; }
+
+die() {
+  say "error: $*"
+  exit 1
+}
+
+usage() { die "usage: $*"; }
+
+# Names of variables that must be set.
+need() {
+  local name missing=()
+  for name; do [[ -n ${!name:-} ]] || missing+=("$name"); done
+  ((${#missing[@]} == 0)) || die "not set: ${missing[*]}; fill in $ENV_FILE (launch/env.example shows how)"
+}
+
+load_settings() {
+  # shellcheck source=env.example
+  if [[ -f $ENV_FILE ]]; then source "$ENV_FILE"; fi
+  need PROJECT ZONE NAME BUCKET
+  [[ $BUCKET == gs://?* ]] || die "BUCKET=$BUCKET does not start with gs://"
+  # shellcheck disable=SC2153 # NAME is a setting
+  export HOME_IN_BUCKET=${BUCKET%/}/$NAME
+}
+
+dry() { [[ ${DRY_RUN:-0} == 1 ]]; }
+
+# The words as a shell reads them back: spaces and quotes inside a word survive the way to a worker.
+quoted() {
+  local line
+  printf -v line ' %q' "$@"
+  printf '%s' "${line# }"
+}
+
+cloud() {
+  if dry; then
+    printf '+ gcloud %s\n' "$(quoted "$@")" >&"$DRY_RUN_OUT"
+  else
+    gcloud "$@"
+  fi
+}
+
+tpus() { cloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet; }
+
+# on_workers all|NUMBER COMMAND: the command is one string, for the shell of the worker.
+on_workers() {
+  local flags
+  read -ra flags <<<"${SSH_FLAGS:-}"
+  # A worker that is gone must not hold the line: no answer for a minute is an error.
+  tpus tpu-vm ssh "$NAME" --worker="$1" --command="$2" ${flags[@]+"${flags[@]}"} --ssh-flag="-o ConnectTimeout=30" \
+    --ssh-flag="-o ServerAliveInterval=15" --ssh-flag="-o ServerAliveCountMax=4"
+}

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Looks after the job of the slice: the newest one, or JOB.
+source "$(dirname "$0")/common.sh"
+
+usage_line="launch/job.sh status | stop | logs [WORKER] | follow [WORKER]"
+(($# == 1 || $# == 2)) || usage "$usage_line"
+worker=${2:-0}
+[[ $worker =~ ^[0-9]+$ ]] || usage "$usage_line"
+load_settings
+
+# On a worker that has nothing installed yet, nothing happens.
+at_worker() {
+  local script=mask2dit_jax/launch/worker/job.sh
+  echo "test ! -f $script || $(quoted env HOME_IN_BUCKET="$HOME_IN_BUCKET" bash $script "$1")"
+}
+
+newest_job() {
+  local folders
+  folders=$(cloud storage ls "$HOME_IN_BUCKET/jobs/")
+  basename "$(tail -n 1 <<<"$folders")"
+}
+
+case $1 in
+  status | stop) on_workers all "$(at_worker "$1")" ;;
+  follow) on_workers "$worker" "$(at_worker follow)" ;;
+  # From the bucket: still there when the slice is not.
+  logs) cloud storage cat "$HOME_IN_BUCKET/jobs/${JOB:-$(newest_job)}/worker_$worker.log" ;;
+  *) usage "$usage_line" ;;
+esac

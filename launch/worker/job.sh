@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# On a worker: the one job it runs. `start` detaches it from the ssh that brought it; its folder holds pid, log and exit.
+set -euo pipefail
+
+REPO=$(cd "$(dirname "$0")/../.." && pwd)
+JOBS=$HOME/mask2dit_jobs
+PYTHON=${PYTHON:-$REPO/.venv/bin/python}
+UPLOAD_EVERY=${UPLOAD_EVERY:-60}
+# JAX takes 100 s to notice a partner that died. Who starts again earlier meets workers that still wait for the old one;
+# three times a minute outlasts that.
+RESTART_DELAY=${RESTART_DELAY:-60}
+GOOD_WHILE=600 # an attempt that lasted ten minutes shows that the job can run: restarts are counted anew
+
+# GKE says it in a variable, a TPU VM in its metadata.
+worker_number() {
+  local metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
+  echo "${TPU_WORKER_ID:-$(curl -sf -H 'Metadata-Flavor: Google' "$metadata")}"
+}
+
+current_job() { cat "$JOBS/current" 2>/dev/null || echo none; }
+
+is_running() { [[ -f $1/pid && ! -f $1/exit ]] && kill -0 -- "-$(<"$1/pid")" 2>/dev/null; }
+
+upload() { gcloud storage cp --quiet "$1" "$HOME_IN_BUCKET/jobs/$(basename "$(dirname "$1")")/$2" >/dev/null; }
+
+start() {
+  local folder=$JOBS/$1
+  if is_running "$JOBS/$(current_job)"; then
+    echo "error: worker $number runs $(current_job); launch/job.sh stop ends it" >&2
+    exit 1
+  fi
+  mkdir -p "$folder"
+  echo "$1" >"$JOBS/current"
+  # A session of its own: it outlives the ssh, and stop finds all of it as one group.
+  setsid nohup bash "$0" loop "$@" >"$folder/log" 2>&1 </dev/null &
+  echo $! >"$folder/pid"
+}
+
+loop() {
+  local folder=$JOBS/$1 stage=$2 left=${RESTARTS:-3} code began uploader
+  keep_uploading "$folder" &
+  uploader=$!
+  while :; do
+    began=$SECONDS code=0
+    attempt "${@:2}" || code=$?
+    if ((code && SECONDS - began >= GOOD_WHILE)); then left=${RESTARTS:-3}; fi
+    if ((code == 0 || left-- <= 0)); then break; fi
+    echo "$stage ended with $code: starting it again, ${left} more after this"
+    sleep "$RESTART_DELAY"
+  done
+  kill "$uploader"
+  finish "$folder" "$code"
+}
+
+attempt() {
+  cd "$REPO"
+  if [[ $1 != self_check && ${CHECK:-1} == 1 ]]; then
+    "$PYTHON" -m mask2dit_jax.self_check --bucket="${HOME_IN_BUCKET%/*}" || return
+  fi
+  "$PYTHON" -m "mask2dit_jax.$1" "${@:2}"
+}
+
+keep_uploading() {
+  while sleep "$UPLOAD_EVERY"; do upload "$1/log" "worker_$number.log" || echo "the log cannot be uploaded"; done
+}
+
+finish() {
+  echo "$2" >"$1/exit"
+  upload "$1/log" "worker_$number.log" || :
+  upload "$1/exit" "worker_$number.exit" || :
+}
+
+# One line, read by launch/watch.sh.
+status() {
+  local folder
+  folder=$JOBS/$(current_job)
+  if [[ -f $folder/exit ]]; then
+    echo "worker $number: $(basename "$folder") exit $(<"$folder/exit")"
+  elif is_running "$folder"; then
+    echo "worker $number: $(basename "$folder") running"
+  elif [[ -f $folder/pid ]]; then
+    echo "worker $number: $(basename "$folder") lost"
+  else
+    echo "worker $number: none"
+  fi
+}
+
+stop() {
+  local folder group
+  folder=$JOBS/$(current_job)
+  is_running "$folder" || return 0
+  group=$(<"$folder/pid")
+  kill -TERM -- "-$group"
+  for _ in {1..150}; do # half a minute
+    kill -0 -- "-$group" 2>/dev/null || break
+    sleep 0.2
+  done
+  kill -KILL -- "-$group" 2>/dev/null || :
+  finish "$folder" 143
+}
+
+number=$(worker_number)
+case ${1:-} in
+  start | loop) "$@" ;;
+  status | stop) "$1" ;;
+  follow) tail -n 100 -F "$JOBS/$(current_job)/log" ;;
+  *)
+    echo "error: usage: launch/worker/job.sh start JOB STAGE [--flag=value ...] | status | stop | follow" >&2
+    exit 1
+    ;;
+esac
