@@ -193,6 +193,7 @@ def _model_flops(
         attention_ideal=flops.attention_flops(model, layout) * share,
         kernels=splash_kernel_flops(work.forward_executed / FORWARD_PRODUCTS),
         head_dim=model.head_dim,
+        attention_occupancy=work.occupancy,
     )
 
 

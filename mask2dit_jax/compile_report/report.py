@@ -10,7 +10,9 @@ All figures are those of one chip and one step (one call of the program):
     matmul flops     executed: dots and convolutions in the program, loops and rematerialisation included, kernels not;
                      ideal: what the model needs, given by the caller
     attention flops  executed: calls of the Pallas kernels in the program x FLOPs of a call (given); ideal: given.
-                     Attention that is no Pallas kernel is among the matrix products.
+                     Attention that is no Pallas kernel is among the matrix products. attention_occupancy is the part of
+                     the surplus that is due to blocks (padding, and pairs that the mask forbids); the rest are products
+                     that the backward pass computes again.
     roofline         the modelled time of `schedule`, which counts collectives only as far as computation does not hide
                      them, but never less than all bytes through HBM at its bandwidth
     mfu ceiling      (ideal matmul + ideal attention flops) / (peak x roofline). Rematerialisation, masked blocks and a
@@ -44,12 +46,14 @@ class ModelFlops:
     """What the model needs, in FLOPs of one chip and one step; a backward pass counts, a recomputed forward does not.
 
     kernels: FLOPs that one call of each Pallas kernel executes on a chip, by part of its name (`splash_kernel_flops`).
+    attention_occupancy: pairs of tokens in the blocks that a kernel computes, over the pairs that the mask allows.
     """
 
     matmul_ideal: float | int
     attention_ideal: float | int
     kernels: dict[str, float | int] = dataclasses.field(default_factory=dict)
     head_dim: int = 64
+    attention_occupancy: float | None = None
 
 
 def splash_kernel_flops(product: float | int) -> dict[str, float]:
@@ -93,6 +97,7 @@ class CompileReport:
     roofline_seconds: float | None = None
     mfu_ceiling: float | None = None
     kernel_calls: dict[str, int] | None = None
+    attention_occupancy: float | None = None
     collectives: list[dict] | None = None
     warnings: tuple[str, ...] = ()
 
@@ -271,6 +276,7 @@ def _given_fields(topology: Topology, compile_seconds: float, model_flops: Model
         "compile_seconds": compile_seconds,
         "matmul_flops_ideal": float(model_flops.matmul_ideal),
         "attention_flops_ideal": float(model_flops.attention_ideal),
+        "attention_occupancy": model_flops.attention_occupancy,
     }
 
 

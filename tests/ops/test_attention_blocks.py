@@ -1,7 +1,5 @@
 """The plan of blocks against the dense mask at small size, and its waste at full size."""
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,9 +51,7 @@ def test_plan_visits_what_the_mask_allows(mask, shards):
 @pytest.mark.parametrize(("mask", "most"), [("v1", 1.15), ("v2", 1.05), ("v3", 1.05), ("v4", 1.05), ("v5", 1.05)])
 def test_waste_at_full_size(mask, most, context):
     for way in ("ulysses", "gather"):
-        start = time.perf_counter()
         work = splash_work(mask, FULL, heads=48, head_dim=64, context=context, way=way)
-        assert time.perf_counter() - start < 10
         assert 1 <= work.occupancy <= most
         assert work.forward_executed == pytest.approx(work.occupancy * work.forward_ideal)
         assert work.backward_executed == pytest.approx(work.occupancy * work.backward_ideal * 7 / 4)
