@@ -153,8 +153,8 @@ class SceneRecords:
             record = self._source[number]
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             reason = " ".join(str(error).split())
-            message = f"{self.folder}: record {number} cannot be read ({reason}); encode the data set anew"
-            raise UnreadableScene(f"{clip.name} (variant {variant})", message) from error
+            message = f"{self.folder}: record {number} (variant {variant}) cannot be read ({reason}); encode it anew"
+            raise UnreadableScene(clip.name, message) from error
         return {name: record[name] for name in ("mean", "logvar", "text")}
 
 

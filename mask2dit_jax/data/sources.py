@@ -23,6 +23,7 @@ from mask2dit_jax.data.output_file import atomic_output
 from mask2dit_jax.errors import UserError
 
 CSV_COLUMNS = ("fps", "width", "height", "caption", "path", "num_frame")
+_TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # other bytes may be a file's name: they are kept
 JSON_KEYS = ("vid", "width", "height", "duration", "fps", "url", "caption")
 
 
@@ -170,7 +171,7 @@ def _parse_json(path: str | Path, faults: _Strict | _Faults) -> list[Group]:
 
 def write_pretrain_csv(path: str | Path, clips: Iterable[Clip]) -> None:
     """Writes what `read_pretrain_csv` reads."""
-    with atomic_output(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic_output(path) as partial, partial.open("w", newline="", **_TEXT) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)
         writer.writerows(
@@ -190,13 +191,12 @@ def write_sft_json(path: str | Path, groups: Iterable[Group]) -> None:
         for group in groups
     ]
     with atomic_output(path) as partial:
-        partial.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", **_TEXT)
 
 
 def _read_text(path: Path) -> str:
     try:
-        # A spreadsheet puts a byte order mark in front. Bytes that are not UTF-8 may be a file's name: they are kept.
-        return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        return path.read_text(**_TEXT).removeprefix("\ufeff")  # which a spreadsheet puts in front
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of the data file") from error
 
