@@ -145,7 +145,8 @@ def _parse_csv(path: str | Path, faults: _Strict | _Faults) -> list[Clip | None]
         clips: list[Clip | None] = []
         for number, row in enumerate(rows, 1):
             clips.append(None)
-            with faults.tolerate(row["path"] or f"row {number}"):
+            shifted = None in row  # more values than columns: which of them is the path?
+            with faults.tolerate(f"row {number}" if shifted or not row["path"] else row["path"]):
                 clips[-1] = _csv_clip(f"{path} row {number}", path.parent, row)
     except csv.Error as error:
         raise UserError(f"{path}: no valid csv after line {rows.line_num} ({error}); look at its quotes") from error
