@@ -11,14 +11,17 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
+        "array_record>=0.8",
         "av>=14",
         "einops>=0.8",
         "etils[epath]>=1.12",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "importlib_resources>=6",  # tensorflow-datasets imports it and does not say so
         "jax>=0.10.2",
         "jaxtyping>=0.3",
         "ml_collections>=1.1",
+        "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
@@ -28,6 +31,7 @@ setup(
         "scenedetect-headless>=0.7",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.10",  # its builders and readers of ArrayRecord; TensorFlow is not needed
         "tqdm>=4.66",
         "transformers>=5.0",
     ],

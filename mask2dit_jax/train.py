@@ -5,28 +5,18 @@
 A run started again in the same workdir goes on from its newest checkpoint.
 """
 
-import functools
 import time
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 from absl import flags, logging
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from mask2dit_jax import setup_run
-from mask2dit_jax.curate.encode import encode_clips
-from mask2dit_jax.data.cache import CacheSettings, LatentCache
-from mask2dit_jax.data.pipeline import make_batches
-from mask2dit_jax.data.sampling import PretrainSampling, SftSampling
-from mask2dit_jax.data.scenes import ConsecutiveShots, UnrelatedClips
-from mask2dit_jax.data.sources import read_pretrain_csv, read_sft_json
-from mask2dit_jax.encoders import TextEncoder, VideoCodec
 from mask2dit_jax.errors import UserError, run_main
-from mask2dit_jax.models.dit import DiTConfig
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.port import pretrained as port
@@ -34,6 +24,7 @@ from mask2dit_jax.training import checkpoint
 from mask2dit_jax.training.optimizer import learning_rate
 from mask2dit_jax.training.program import TrainProgram, global_batch, local_rows
 from mask2dit_jax.training.step import Batch, TrainState
+from mask2dit_jax.training_data import open_training_data
 from mask2dit_jax.transformer import TransformerSource
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:tiny.", lock_config=True)
@@ -58,18 +49,11 @@ def main(argv):
         stored = setup_run.stored_model(source, wanted, config) if source else wanted
         setup_run.check_encoders(stored, pretrained)
         program = setup_run.train_program(config, mesh, stored, vae_config, port.load_schedule(pretrained))
-        cache, samples = _prepare_data(config, pretrained, program.model)
+        data = open_training_data(config, pretrained, program.model)
         with jax.set_mesh(mesh):
             state = _start_state(program, start, source, manager)
             rows = local_rows(program.abstract_batch)
-            batches = make_batches(
-                cache,
-                samples,
-                global_batch_size=config.global_batch_size,
-                seed=config.seed,
-                start_step=int(state.step),
-                rows=rows,
-            )
+            batches = data.batches(int(state.step), rows, config.global_batch_size, config.seed)
             _run(config, program, state, (global_batch(b, program.abstract_batch, rows) for b in batches), manager)
     logging.info("done: step %d, checkpoints in %s", config.num_steps, workdir)
 
@@ -166,47 +150,6 @@ def _start_state(program: TrainProgram, start: str, source: TransformerSource | 
     if start == "resume":
         return checkpoint.restore(manager, program.abstract_state)
     return program.start(source.load(program.abstract_params) if source else program.random_params())
-
-
-def _prepare_data(config: ConfigDict, pretrained, model_config: DiTConfig):
-    """The latent cache, filled, and the samples to draw from it."""
-    data = config.data
-    if not data.path:
-        raise UserError("no data: set --config.data.path to the csv (pretrain) or json (sft) of your clips")
-    match data.kind:
-        case "pretrain":
-            clips = read_pretrain_csv(data.path)
-            sampling = PretrainSampling(config.num_frames, stride=data.max_stride)
-        case "sft":
-            groups = read_sft_json(data.path)
-            clips = [clip for group in groups for clip in group.clips]
-            sampling = SftSampling(config.num_frames, min_stride=data.min_stride, max_stride=data.max_stride)
-    settings = CacheSettings(
-        sampling=sampling,
-        size=(config.height, config.width),
-        variants=data.clip_variants,
-        seed=config.seed,
-        max_tokens=model_config.text_tokens,
-        encoders=port.fingerprint(pretrained, ("vae", "text_encoder", "tokenizer")),
-        compute_dtype=config.compute_dtype,
-    )
-    dtype = setup_run.resolve_dtype(config.compute_dtype)
-    codec, text_encoder = VideoCodec(pretrained, dtype), TextEncoder(pretrained, model_config.text_tokens, dtype)
-    cache = LatentCache.open(data.cache, settings)
-    encode = functools.partial(
-        encode_clips,
-        cache=cache,
-        encode_video=codec.encode,
-        encode_text=text_encoder,
-        skip_damaged=data.skip_damaged,
-    )
-    if jax.process_count() > 1:  # each its share, on a disk that all can read; what is left of them after that, alone
-        encode(clips[jax.process_index() :: jax.process_count()])
-        multihost_utils.sync_global_devices("encoded")
-    usable = encode(clips).usable
-    if data.kind == "pretrain":
-        return cache, UnrelatedClips(usable, config.num_scenes)
-    return cache, ConsecutiveShots(groups, config.num_scenes, usable)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ The folder's name is a hash of everything that changes the numbers, so that othe
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -20,15 +21,15 @@ from safetensors.numpy import save
 
 from mask2dit_jax.data.output_file import atomic_output
 from mask2dit_jax.data.sampling import FrameChoices, PretrainSampling, SftSampling
-from mask2dit_jax.data.sources import Clip
-from mask2dit_jax.errors import UserError
+from mask2dit_jax.data.scene_store import UnreadableScene
+from mask2dit_jax.data.sources import Clip, printable
 
 FORMAT = 1  # raise it when the meaning of a stored number changes
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheSettings:
-    """Everything but the clips themselves that decides what is stored.
+    """Everything but the clips themselves that decides what is stored, here and in a data set of records.
 
     Attributes:
         sampling: which frames are taken, and how many.
@@ -78,6 +79,10 @@ class LatentCache:
     folder: Path
     settings: CacheSettings
 
+    @property
+    def variants(self) -> int:
+        return self.settings.variants
+
     @classmethod
     def open(cls, root: str | Path, settings: CacheSettings) -> "LatentCache":
         """The cache of these settings under `root`, made if it is not there.
@@ -97,7 +102,7 @@ class LatentCache:
     def write(self, clip: Clip, encoded: EncodedClip) -> None:
         """Whole or not at all: a kill in between leaves no file of that name. Raises a UserError if it cannot be."""
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in vars(encoded).items()}
-        metadata = {"caption": clip.caption, "video": clip.name, "source": _source(clip)}
+        metadata = {"caption": clip.caption, "video": printable(clip.name), "source": source_stamp(clip)}
         with atomic_output(self.path(clip)) as partial:
             partial.write_bytes(save(tensors, metadata))
 
@@ -105,7 +110,7 @@ class LatentCache:
         """True if the clip is stored, its file is complete, and the video has not been changed since."""
         try:
             with safe_open(self.path(clip), framework="np") as file:
-                return (file.metadata() or {}).get("source") == _source(clip)
+                return (file.metadata() or {}).get("source") == source_stamp(clip)
         except (OSError, SafetensorError):
             return False
 
@@ -113,22 +118,26 @@ class LatentCache:
         """`mean`, `logvar` (f h w c) of one variant and `text` (t x); nothing else is read from disk.
 
         Raises:
-            UserError: the clip is not stored, or its file is damaged.
+            UnreadableScene: the clip is not stored, or its file is damaged.
         """
         try:
             with safe_open(self.path(clip), framework="np") as file:
                 mean, logvar = file.get_slice("mean"), file.get_slice("logvar")
                 return {"mean": mean[variant], "logvar": logvar[variant], "text": file.get_tensor("text")}
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.path(clip)}: {error}; encode {clip.name} again by starting once more") from error
+            message = f"{self.path(clip)}: {error}; encode {clip.name} again by starting once more"
+            raise UnreadableScene(clip.name, message) from error
 
 
 def _key(clip: Clip) -> str:
     """Names a clip across machines: by what the data file says of it, not by where that file lies."""
-    return hashlib.sha256(f"{clip.name}\0{clip.caption}".encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(f"{clip.name}\0{clip.caption}")).hexdigest()[:16]
 
 
-def _source(clip: Clip) -> str:
+def source_stamp(clip: Clip) -> str:
     """Changes when the video file is replaced."""
-    status = clip.path.stat()
+    try:
+        status = clip.path.stat()
+    except OSError:
+        return "missing"
     return f"{status.st_size} bytes, modified {status.st_mtime_ns}"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,23 +15,46 @@ from mask2dit_jax.errors import UserError
 @contextlib.contextmanager
 def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a local file to write. After the block it appears at `path` (local or gs://) in one move; if the block or
-    the move fails, whatever was at `path` before stays. Missing folders are made.
+    the move fails, whatever was at `path` before stays. Missing folders are made. Of several processes that write the
+    same `path` at once, the last one's file stays.
 
     Raises:
         UserError: `path` cannot be written.
     """
-    path = epath.Path(path)
-    partial = path.parent / f".{path.name}.tmp"
+    write = _uploaded if "://" in os.fspath(path) else _moved
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder, path.name)
-            yield local
-            path.parent.mkdir(parents=True, exist_ok=True)
-            epath.Path(local).copy(partial, overwrite=True)
-        partial.replace(path)
+        with write(epath.Path(path)) as partial:
+            yield partial
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; choose an output that can be written"
         ) from error
+
+
+def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
+    """Removes what writers of `name` (or of any file) in `folder` left behind that were killed; none may be at work."""
+    for partial in epath.Path(folder).glob(f".????????.{name}"):
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _moved(path: epath.Path) -> Iterator[Path]:
+    """Beside `path`, so that nothing is copied; the hidden name ends like it, as some writers go by the ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{uuid.uuid4().hex[:8]}.{path.name}"
+    try:
+        yield Path(partial)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _uploaded(path: epath.Path) -> Iterator[Path]:
+    """In a bucket an object appears when all of it is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield (local := Path(folder, path.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        epath.Path(local).copy(path, overwrite=True)

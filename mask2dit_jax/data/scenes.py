@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from mask2dit_jax.data.sources import Clip, Group
+from mask2dit_jax.data.sources import Group, NamedClip
 from mask2dit_jax.errors import UserError
+
+_TRIES = 100  # at random, for each scene; one suffices where no video makes up most of the data
 
 
 class UnrelatedClips:
     """Pretraining: item i is clip i, followed by clips of other videos."""
 
-    def __init__(self, clips: Sequence[Clip], num_scenes: int):
+    def __init__(self, clips: Sequence[NamedClip], num_scenes: int):
         if len(clips) < num_scenes:
             raise UserError(
                 f"{len(clips)} usable clips are too few for num_scenes={num_scenes}; add clips or lower num_scenes"
@@ -25,37 +27,44 @@ class UnrelatedClips:
     def __len__(self) -> int:
         return len(self._clips)
 
-    def draw(self, item: int, rng: np.random.Generator) -> list[Clip]:
+    def draw(self, item: int, rng: np.random.Generator) -> list[NamedClip]:
         """`num_scenes` different clips; a video file comes twice only where there are fewer files than scenes."""
-        others = [self._clips[index] for index in rng.permutation(len(self)) if index != item]
-        scenes, used = [self._clips[item]], {self._clips[item].path}
-        for unused_only in (True, False):
-            for clip in others:
-                if len(scenes) < self._num_scenes and clip not in scenes and (clip.path not in used or not unused_only):
-                    scenes.append(clip)
-                    used.add(clip.path)
+        scenes = [self._clips[item]]
+        while len(scenes) < self._num_scenes:
+            scenes.append(self._another(scenes, rng))
         return scenes
+
+    def _another(self, scenes: list[NamedClip], rng: np.random.Generator) -> NamedClip:
+        """Drawn from the clips of other videos, all equally likely; data sets have millions, so without a list."""
+        used = {scene.name for scene in scenes}
+        for _ in range(_TRIES):
+            clip = self._clips[rng.integers(len(self))]
+            if clip.name not in used:
+                return clip
+        others = [clip for clip in self._clips if clip.name not in used]
+        others = others or [clip for clip in self._clips if clip not in scenes]
+        return others[rng.integers(len(others))]
 
 
 class ConsecutiveShots:
     """SFT: item i is group i, of which `num_scenes` consecutive shots are drawn, every window equally likely."""
 
-    def __init__(self, groups: Sequence[Group], num_scenes: int, usable: Sequence[Clip]):
+    def __init__(self, groups: Sequence[Group], num_scenes: int, usable: Sequence[NamedClip]):
         """`usable` are the clips that can be read; no window reaches over one that cannot."""
         usable = set(usable)
-        self._windows = []
+        self._num_scenes = num_scenes
+        self._windows = []  # of each group: its clips, and where windows start
+        self.skipped: dict[str, str] = {}
         for group in groups:
-            starts = range(len(group.clips) - num_scenes + 1)
-            windows = [group.clips[start : start + num_scenes] for start in starts]
-            windows = [window for window in windows if usable.issuperset(window)]
-            if windows:
-                self._windows.append(windows)
+            starts = window_starts(group, num_scenes, usable)
+            if starts:
+                self._windows.append((group.clips, starts))
             else:
-                logging.warning(
-                    "group %s is skipped: it has no %d consecutive usable shots (%d shots, %d usable)",
-                    *(group.name, num_scenes, len(group.clips), len(usable.intersection(group.clips))),
+                shots, num_usable = len(group.clips), len(usable.intersection(group.clips))
+                self.skipped[group.name] = (
+                    f"it has no {num_scenes} consecutive usable shots ({shots} shots, {num_usable} usable)"
                 )
-        self.num_skipped = len(groups) - len(self._windows)
+                logging.warning("group %s is skipped: %s", group.name, self.skipped[group.name])
         if not self._windows:
             raise UserError(
                 f"none of {len(groups)} groups ({', '.join(group.name for group in groups[:5])}) has {num_scenes} "
@@ -65,6 +74,13 @@ class ConsecutiveShots:
     def __len__(self) -> int:
         return len(self._windows)
 
-    def draw(self, item: int, rng: np.random.Generator) -> list[Clip]:
-        windows = self._windows[item]
-        return list(windows[rng.integers(len(windows))])
+    def draw(self, item: int, rng: np.random.Generator) -> list[NamedClip]:
+        clips, starts = self._windows[item]
+        start = starts[rng.integers(len(starts))]
+        return list(clips[start : start + self._num_scenes])
+
+
+def window_starts(group: Group, num_scenes: int, usable: set[NamedClip]) -> list[int]:
+    """The shots of a group with which `num_scenes` consecutive usable ones begin."""
+    starts = range(len(group.clips) - num_scenes + 1)
+    return [start for start in starts if usable.issuperset(group.clips[start : start + num_scenes])]

@@ -57,11 +57,16 @@ def tokenize(tokenizer: T5Tokenizer, prompts: Sequence[str], max_tokens: int = M
             kept, cut = ids[: max_tokens - 1], ids[max_tokens - 1 : -1]
             logging.warning(
                 "prompt of %d tokens is cut to %d: %r is lost from %r",
-                *(len(ids), max_tokens, tokenizer.decode(cut, skip_special_tokens=True), prompt),
+                *(len(ids), max_tokens, _ends(tokenizer.decode(cut, skip_special_tokens=True)), _ends(prompt)),
             )
             ids = [*kept, tokenizer.eos_token_id]
         row[: len(ids)] = ids
     return padded
+
+
+def _ends(text: str) -> str:
+    """Some captions are books."""
+    return text if len(text) <= 600 else f"{text[:400]} [{len(text) - 600} characters] {text[-200:]}"
 
 
 def _encode(tokenizer, prompts) -> list[list[int]]:

@@ -3,9 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mask2dit_jax.curate.encode import encode_clips
+from mask2dit_jax.curate.encode import Encoders, encode_clips
 from mask2dit_jax.data.cache import CacheSettings, LatentCache
 from mask2dit_jax.data.sampling import PretrainSampling, SftSampling
+from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.errors import UserError
 from tests.data.clips import GREY_STEP, make_clip
 
@@ -14,7 +15,7 @@ SETTINGS = CacheSettings(
 )
 
 
-class Encoders:
+class Counting:
     """Stand-ins that count their calls: the mean of a frame is its number, the logvar the same below zero."""
 
     def __init__(self, fail_at=None):
@@ -33,8 +34,10 @@ class Encoders:
         return np.full((len(captions), 4, 8), len(captions[0]), np.float32)
 
 
-def encode(clips, cache, encoders, skip_damaged=False):
-    return encode_clips(clips, cache, encoders.video, encoders.text, skip_damaged=skip_damaged)
+def encode(clips, cache, encoders, max_share=0.0):
+    skipped = Skipped(len(clips), max_share)
+    encoded = encode_clips(clips, cache, Encoders(encoders.video, encoders.text), skipped)
+    return encoded.usable, encoded.num_new, dict(skipped)
 
 
 @pytest.fixture
@@ -48,8 +51,7 @@ def clips(tmp_path):
 
 
 def test_what_is_stored(cache, clips):
-    encoded = encode(clips, cache, Encoders())
-    assert (encoded.usable, encoded.num_new, encoded.skipped) == (tuple(clips), 3, {})
+    assert encode(clips, cache, Counting()) == (tuple(clips), 3, {})
     for clip, stride in zip(clips, (1, 2, 3), strict=True):  # the largest that fits
         for variant in range(3):
             stored = cache.read(clip, variant)
@@ -62,58 +64,54 @@ def test_what_is_stored(cache, clips):
 
 
 def test_everything_is_encoded_once(cache, clips):
-    encoders = Encoders()
+    encoders = Counting()
     encode([*clips, clips[0]], cache, encoders)
     assert (encoders.videos, len(encoders.texts)) == (9, 3)
-    again = encode(clips, cache, encoders)
-    assert (encoders.videos, again.num_new, again.usable) == (9, 0, tuple(clips))
+    assert encode(clips, cache, encoders) == (tuple(clips), 0, {})
+    assert encoders.videos == 9
 
 
 def test_goes_on_after_a_kill(cache, clips):
     with pytest.raises(KeyboardInterrupt):
-        encode(clips, cache, Encoders(fail_at=4))  # in the second clip
+        encode(clips, cache, Counting(fail_at=4))  # in the second clip
     assert [cache.has(clip) for clip in clips] == [True, False, False]
-    encoders = Encoders()
-    assert encode(clips, cache, encoders).num_new == 2
+    encoders = Counting()
+    assert encode(clips, cache, encoders)[1] == 2
     assert encoders.videos == 6
 
 
 def test_a_damaged_cache_file_is_made_again(cache, clips):
-    encode(clips, cache, Encoders())
+    encode(clips, cache, Counting())
     before = cache.read(clips[1], 2)
     cache.path(clips[1]).write_bytes(cache.path(clips[1]).read_bytes()[:-10])
-    assert encode(clips, cache, Encoders()).num_new == 1
+    assert encode(clips, cache, Counting())[1] == 1
     after = cache.read(clips[1], 2)
     assert all((after[name] == before[name]).all() for name in before)
 
 
 def test_short_clips_are_skipped_by_name(tmp_path, clips, caplog):
     cache = LatentCache.open(tmp_path / "cache", dataclasses.replace(SETTINGS, sampling=PretrainSampling(9, 3)))
-    encoded = encode(clips, cache, Encoders())
-    assert encoded.usable == (clips[2],)
-    assert list(encoded.skipped) == ["9.mp4", "20.mp4"]
-    assert (
-        "clip 20.mp4 is skipped: a clip of 20 frames is too short: its middle (5% to 95%) holds 6 of 9" in caplog.text
-    )
-
-
-def test_nothing_left(cache, tmp_path):
-    with pytest.raises(UserError, match=r"none of 1 clips can be used \(short.mp4: a clip of 5 frames is too short"):
-        encode([make_clip(tmp_path, "short.mp4", 5)], cache, Encoders())
+    usable, _, skipped = encode(clips, cache, Counting(), max_share=0.7)
+    assert usable == (clips[2],)
+    assert list(skipped) == ["9.mp4", "20.mp4"]
+    assert "20.mp4 is skipped: a clip of 20 frames is too short: its middle (5% to 95%) holds 6 of 9" in caplog.text
 
 
 def test_a_damaged_video(cache, clips, caplog):
     clips[1].path.write_bytes(clips[1].path.read_bytes()[:900])
-    with pytest.raises(UserError, match=r"20.mp4: .*truncated"):
-        encode(clips, cache, Encoders())
-    encoded = encode(clips, cache, Encoders(), skip_damaged=True)
-    assert encoded.usable == (clips[0], clips[2])
-    assert "truncated" in encoded.skipped["20.mp4"]
-    assert "clip 20.mp4 is skipped" in caplog.text
+    told = (
+        r"1 of 3 items cannot be used, more than data.max_skipped_share=0.3 \(20.mp4: .*truncated.*; correct or remove"
+    )
+    with pytest.raises(UserError, match=told):
+        encode(clips, cache, Counting(), max_share=0.3)
+    usable, _, skipped = encode(clips, cache, Counting(), max_share=0.34)
+    assert usable == (clips[0], clips[2])
+    assert "truncated" in skipped["20.mp4"]
+    assert "20.mp4 is skipped" in caplog.text
 
 
 def test_a_wrong_number_of_frames_in_the_data_file_is_reported(cache, clips, caplog):
-    encode([dataclasses.replace(clips[1], num_frames=33)], cache, Encoders())
+    encode([dataclasses.replace(clips[1], num_frames=33)], cache, Counting())
     assert "20.mp4 holds 20 frames, the data file says 33" in caplog.text
 
 
@@ -121,4 +119,4 @@ def test_a_full_disk_is_no_damaged_clip(cache, clips, tmp_path):
     blocked = cache.path(clips[0])
     blocked.mkdir()
     with pytest.raises(UserError, match=rf"cannot write .*{blocked.name}"):
-        encode(clips, cache, Encoders(), skip_damaged=True)
+        encode(clips, cache, Counting(), max_share=1.0)

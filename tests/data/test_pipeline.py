@@ -1,5 +1,7 @@
+import dataclasses
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from mask2dit_jax.data.cache import CacheSettings, EncodedClip, LatentCache
 from mask2dit_jax.data.pipeline import make_batches
 from mask2dit_jax.data.sampling import SftSampling
 from mask2dit_jax.data.scenes import ConsecutiveShots, UnrelatedClips
+from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.data.sources import Clip, Group
 from mask2dit_jax.errors import UserError
 
@@ -143,3 +146,65 @@ next(make_batches(LatentCache(Path({str(cache.folder)!r}), {cache.settings}), sa
     environment = {**os.environ, "JAX_PLATFORMS": "no_such_platform"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def damage(cache, clip):
+    """After it the clip's file ends too early, as after a full disk."""
+    path = cache.path(clip)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.fixture
+def damaged(stored, tmp_path):
+    """The cache with its third clip unreadable, and that clip's name."""
+    cache, clips = stored
+    copy = dataclasses.replace(cache, folder=Path(shutil.copytree(cache.folder, tmp_path / "cache")))
+    damage(copy, clips[2])
+    return copy, clips
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_an_unreadable_scene_is_replaced_the_same_everywhere(damaged, kind):
+    cache, clips = damaged
+    groups = [Group("broken", tuple(clips[:3])), Group("whole", tuple(clips[2:])), Group("short", tuple(clips[3:]))]
+    samples = UnrelatedClips(clips, 3) if kind == "pretrain" else ConsecutiveShots(groups, 2, clips)
+
+    def read(count, **part):
+        skipped = Skipped(len(clips), max_share=0.2)
+        batches = make_batches(cache, samples, global_batch_size=4, seed=1, skipped=skipped, **part)
+        return take(batches, count), skipped
+
+    alone, skipped = read(8)
+    assert list(skipped) == ["2.mp4"]
+    assert "encode 2.mp4 again" in skipped["2.mp4"]
+    scenes = np.concatenate([scene_numbers(batch) for batch in alone]) // 10
+    assert set(scenes.flat) == {0, 1, 3, 4}
+    if kind == "pretrain":
+        assert all(len(set(row)) == 3 for row in scenes)
+    else:
+        assert {tuple(row) for row in scenes} == {(0, 1), (3, 4)}
+    for rows in ([0, 1], [2, 3], [3]):
+        part, _ = read(8, rows=rows)
+        assert_equal(part, [{name: array[rows] for name, array in batch.items()} for batch in alone])
+    assert_equal(alone[5:], read(3, start_step=5)[0])
+
+
+def test_too_many_unreadable_scenes_stop_the_run(damaged):
+    cache, clips = damaged
+    damage(cache, clips[4])
+    skipped = Skipped(len(clips), max_share=0.2)
+    batches = make_batches(cache, UnrelatedClips(clips, 2), global_batch_size=5, seed=0, skipped=skipped)
+    with pytest.raises(
+        UserError, match=r"2 of 5 items cannot be used, more than data.max_skipped_share=0.2 \(\d.mp4: "
+    ):
+        take(batches, 5)
+
+
+def test_a_disk_that_is_gone_ends_the_run(stored, tmp_path):
+    cache, clips = stored
+    empty = LatentCache.open(tmp_path, cache.settings)
+    skipped = Skipped(len(clips), max_share=1.0)
+    with pytest.raises(
+        UserError, match=r"100 samples in a row cannot be read, the last for .*; is the disk still there"
+    ):
+        next(make_batches(empty, UnrelatedClips(clips, 1), global_batch_size=1, seed=0, skipped=skipped))

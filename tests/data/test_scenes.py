@@ -59,7 +59,7 @@ def test_consecutive_shots():
     assert set(counts) == {"abc", "bcd", "cde"}
     assert min(counts.values()) > 150
     assert {names(scenes) for scenes in draws(samples, 1)} == {"def"}
-    assert (len(samples), samples.num_skipped) == (2, 0)
+    assert (len(samples), samples.skipped) == (2, {})
 
 
 def test_no_window_over_an_unusable_shot():
@@ -69,7 +69,7 @@ def test_no_window_over_an_unusable_shot():
 
 def test_short_groups_are_skipped_by_name(caplog):
     samples = ConsecutiveShots([Group("rat", tuple(CLIPS[:2])), Group("court", tuple(CLIPS[:3]))], 3, CLIPS)
-    assert (len(samples), samples.num_skipped) == (1, 1)
+    assert (len(samples), list(samples.skipped)) == (1, ["rat"])
     assert "group rat is skipped: it has no 3 consecutive usable shots (2 shots, 2 usable)" in caplog.text
 
 

@@ -1,5 +1,5 @@
 import json
-from pathlib import Path
+import os
 
 import pytest
 
@@ -8,6 +8,8 @@ from mask2dit_jax.data.sources import (
     Group,
     read_pretrain_csv,
     read_sft_json,
+    scan_pretrain_csv,
+    scan_sft_json,
     write_pretrain_csv,
     write_sft_json,
 )
@@ -107,6 +109,58 @@ def test_files_that_cannot_be_read(tmp_path, read):
         read(tmp_path / "gone")
     with pytest.raises(UserError, match="cannot be read"):
         read(tmp_path)
-    (tmp_path / "latin").write_bytes(b"caf\xe9,\xff")
-    with pytest.raises(UserError, match="latin: is not UTF-8"):
-        read(Path(tmp_path / "latin"))
+
+
+def test_a_scan_goes_on_after_a_faulty_row(folder):
+    rows = [
+        "25,640,272,a bus,a.mp4,78",
+        "25,640,272, ,b.mp4,78",
+        "25,640,272,a bus,c.mp4,78",
+        "25,640,272,x,y,a.mp4,78",
+    ]
+    rows += ["many,1,1,a bus,b.mp4,9", "25,640,272,another bus,b.mp4,78", "25,640,272,a bus,a.mp4,78"]
+    (folder / "data.csv").write_text(HEADER + "\n".join(rows))
+    scan = scan_pretrain_csv(folder / "data.csv")
+    assert [(clip.name, clip.caption) for clip in scan.clips] == [("a.mp4", "a bus"), ("b.mp4", "another bus")]
+    told = {"b.mp4": "caption is empty", "c.mp4": "no video at", "row 4": "more values", "b.mp4 again": "fps is 'many'"}
+    assert list(scan.faults) == list(told)
+    assert all(words in scan.faults[name] for name, words in told.items())
+    assert (scan.groups, scan.num_clips) == (None, 6)
+
+
+def test_a_faulty_shot_keeps_its_place(folder):
+    shots = [shot(), shot(url="c.mp4"), 3, shot(url="b.mp4", caption="y"), shot()]
+    (folder / "data.json").write_text(json.dumps([{"prefix": "one", "values": shots}, {"prefix": "two"}]))
+    scan = scan_sft_json(folder / "data.json")
+    (group,) = scan.groups
+    assert [clip and clip.name for clip in group.clips] == ["a.mp4", None, None, "b.mp4", "a.mp4"]
+    assert [clip.name for clip in scan.clips] == ["a.mp4", "b.mp4"]
+    assert list(scan.faults) == ["c.mp4", "one, shot 3", "entry 2"]
+
+
+@pytest.mark.parametrize("content", ["", HEADER, "fps,width\n1,2\n", HEADER + '25,640,272,"a bus,a.mp4,78\n'])
+def test_a_broken_csv_is_no_faulty_row(folder, content):
+    (folder / "data.csv").write_text(content)
+    with pytest.raises(UserError, match=r"data.csv"):
+        scan_pretrain_csv(folder / "data.csv")
+
+
+def test_names_may_be_other_bytes_than_utf_8_captions_may_not(folder):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    (folder / name).write_bytes(b"video")
+    clips = [clip(folder, name, "un caf\u00e9")]
+    write_pretrain_csv(folder / "data.csv", clips)
+    write_sft_json(folder / "data.json", [Group("g", tuple(clips))])
+    assert read_pretrain_csv(folder / "data.csv") == clips
+    assert read_sft_json(folder / "data.json") == [Group("g", tuple(clips))]
+    (folder / "latin.csv").write_bytes(HEADER.encode() + b"25,640,272,un caf\xe9,a.mp4,78\n")
+    assert "a.mp4): the caption is not UTF-8 text" in scan_pretrain_csv(folder / "latin.csv").faults["a.mp4"]
+    half = json.dumps([{"prefix": "g", "values": [shot(url="\ud800.mp4")]}])  # no file can be called so
+    (folder / "half.json").write_text(half)
+    assert list(scan_sft_json(folder / "half.json").faults) == ["\\ud800.mp4"]
+
+
+def test_a_caption_in_the_wrong_column(folder):
+    (folder / "data.csv").write_text(HEADER + f"25,640,272,a.mp4,{'a bus ' * 1000},78\n")
+    (reason,) = scan_pretrain_csv(folder / "data.csv").faults.values()
+    assert "row 1: no video at" in reason

@@ -1,3 +1,5 @@
+import os
+
 import av
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from mask2dit_jax.data.video import iter_frames, probe, read_frames
 from mask2dit_jax.data.video_writer import write_video
 from mask2dit_jax.errors import UserError
 from tests.data.clips import frame_numbers, make_clip, numbered_frames
+from tests.data.odd_clips import uneven_times, write_packets
 
 
 @pytest.fixture
@@ -76,6 +79,29 @@ def test_rotation_is_undone(tmp_path, degrees):
     info = probe(path)
     assert (info.width, info.height) == (48, 32)
     np.testing.assert_allclose(read_frames(path, [3])[0], upright[3], atol=12)
+
+
+def test_a_varying_frame_rate_changes_no_frame_number(tmp_path):
+    write_packets(tmp_path / "uneven.mp4", numbered_frames(20), times=uneven_times(20))
+    assert probe(tmp_path / "uneven.mp4").num_frames == 20
+    assert frame_numbers(read_frames(tmp_path / "uneven.mp4", [0, 7, 19])) == [0, 7, 19]
+    assert frame_numbers(np.stack(list(iter_frames(tmp_path / "uneven.mp4")))) == list(range(20))
+
+
+def test_odd_sizes(tmp_path):
+    frames = numbered_frames(6, 33, 47)
+    frames[:, :, -1] = 255  # the last column is there
+    write_packets(tmp_path / "odd.mp4", frames, pixels="yuv444p")
+    info = probe(tmp_path / "odd.mp4")
+    assert (info.num_frames, info.width, info.height) == (6, 47, 33)
+    read = read_frames(tmp_path / "odd.mp4", [5])[0]
+    np.testing.assert_allclose(read, frames[5], atol=12)
+
+
+def test_a_name_that_is_not_utf_8(clip):
+    path = clip.rename(clip.parent / os.fsdecode(b"caf\xe9.mp4"))
+    assert probe(path).num_frames == 20
+    assert frame_numbers(read_frames(path, [3, 17])) == [3, 17]
 
 
 def test_missing(tmp_path):

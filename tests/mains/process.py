@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 _SERVER = multiprocessing.get_context("forkserver")
 _IMPORTED = (
-    *("mask2dit_jax.setup_run", "mask2dit_jax.transformer", "mask2dit_jax.encoders", "mask2dit_jax.data.pipeline"),
+    *("mask2dit_jax.training_data", "mask2dit_jax.transformer", "mask2dit_jax.curate.records"),
     *("mask2dit_jax.data.storyboard", "mask2dit_jax.curate.dataset", "mask2dit_jax.sampling.extend"),
     *("mask2dit_jax.training.optimizer", "mask2dit_jax.parallel.mesh", "ml_collections.config_flags", "tensorboardX"),
 )

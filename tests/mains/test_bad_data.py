@@ -50,25 +50,20 @@ def test_damaged_video(commands, tmp_path, clips, stage, damage, told):
 
 
 def test_damaged_videos_can_be_skipped(commands, tmp_path, clips):
-    dataset = Dataset.write(tmp_path, clips)
+    dataset = Dataset.write(tmp_path, [*clips, make_clip(tmp_path, "short", "a short picture", count=4)])
     truncate(clips[2].path)
-    flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, data__skip_damaged=True, num_steps=1)
+    flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, data__max_skipped_share=0.4, num_steps=1)
     skipped = warnings(commands.succeed("train", *flags).stderr)
-    assert any("clip clip2.mp4 is skipped" in line and "truncated" in line for line in skipped)
-
-
-def test_a_clip_too_short_is_skipped(commands, tmp_path, clips):
-    clips[1] = make_clip(tmp_path, "short", "a short picture", count=4)
-    dataset = Dataset.write(tmp_path, clips)
-    flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, num_steps=1)
-    skipped = warnings(commands.succeed("train", *flags).stderr)
-    assert any("clip short.mp4 is skipped: a clip of 4 frames is too short" in line for line in skipped)
+    assert any("clip2.mp4 is skipped" in line and "truncated" in line for line in skipped)
+    assert any("short.mp4 is skipped: a clip of 4 frames is too short" in line for line in skipped)
+    line = commands.fail("train", *flags, "--config.data.max_skipped_share=0.3")
+    assert "2 of 5 items cannot be used, more than data.max_skipped_share=0.3 (clip2.mp4: " in line
 
 
 def test_clips_all_too_short(commands, tmp_path):
     dataset = Dataset.write(tmp_path, [make_clip(tmp_path, f"short{i}", f"picture {i}", count=4) for i in range(3)])
     line = commands.fail("train", *commands.train_flags("pretrain", tmp_path / "run", dataset.csv))
-    assert "none of 3 clips can be used (short0.mp4: a clip of 4 frames is too short" in line
+    assert "1 of 3 items cannot be used, more than data.max_skipped_share=0 (short0.mp4: a clip of 4 frames is" in line
     assert "use a longer clip" in line
 
 
