@@ -10,7 +10,7 @@ from flax import nnx
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.training import checkpoint
+from mask2dit_jax.training import checkpoint, resume
 from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer
 from mask2dit_jax.training.step import TrainState, init_state
 
@@ -45,7 +45,7 @@ def workdir(tmp_path_factory):
 
 def test_the_newest_state_is_restored(workdir):
     with checkpoint.open_manager(workdir, keep=2) as manager:
-        assert_same(checkpoint.restore(manager, abstract(make_state())), make_state(3))
+        assert_same(resume.restore(manager, abstract(make_state())), make_state(3))
     assert not (workdir / "checkpoints" / "1").exists()
 
 
@@ -94,7 +94,7 @@ def test_parameters_alone_can_be_loaded_but_not_resumed(tmp_path):
         checkpoint.open_manager(tmp_path, keep=1) as manager,
         pytest.raises(UserError, match=f"start one in another workdir with --config.init_from={tmp_path}"),
     ):
-        checkpoint.restore(manager, abstract(make_state()))
+        resume.set_aside_unreadable(manager)
 
 
 def test_damaged_record(tmp_path):
@@ -129,7 +129,7 @@ def test_damaged_parameters(damage, tmp_path):
     with pytest.raises(UserError, match=named):
         checkpoint.load_params(folder, abstract(make_state().params))
     with checkpoint.open_manager(tmp_path, keep=1) as manager, pytest.raises(UserError, match=named):
-        checkpoint.restore(manager, abstract(make_state()))
+        resume.restore(manager, abstract(make_state()))
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
