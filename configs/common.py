@@ -91,10 +91,25 @@ def training(preset: str) -> ConfigDict:
             "num_steps": 10_000,
             "global_batch_size": 6 if tiny else 8,
             "checkpoint_every": 200 if tiny else 500,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # of the newest,
+            "keep_every": 0,  # and those of steps that are a multiple of this; 0: no others
             "log_every": 10,
+            "validate_every": 0 if tiny else 500,  # steps between validation losses; 0: never
+            "sample_every": 0,  # steps between storyboards in WORKDIR/samples; 0: never
+            "sample_steps": 10,  # denoising steps of such a storyboard
+            "profile_steps": (),  # first and last step of a profiler trace in WORKDIR/profile
+            # Pixel frames of the scenes, num_frames at most and 8k + 1; each step draws one of several such choices:
+            # ((49, 49, 49), (25, 49, 25)). (): every scene has num_frames.
+            "scene_frames": (),
+            "accumulate_steps": 1,  # parts that a batch goes through the model in, where it is too large at once
+            "ema_decay": 0.0,  # of the moving average of the parameters, such as 0.9999; 0: none
+            "max_skipped_updates": 10,  # in a row, because loss or gradient are not finite; then the run stops
+            "trainable": (),  # regular expressions over parameter paths, such as (".*attn.*",); (): all train
+            # Adapters on attention and feed-forward; all else is frozen but for what `trainable` names. rank 0: none.
+            "lora": {"rank": 0, "alpha": 16.0},
             "remat": "none" if tiny else "attention",
             "param_dtype": "float32",
+            "frozen_dtype": "",  # of parameters that do not train; empty: param_dtype
             "optimizer": {
                 "learning_rate": 2e-3 if tiny else 1e-5,
                 "schedule": "cosine" if tiny else "constant",

@@ -17,6 +17,7 @@ def get_config(preset: str = ""):
     config.update(
         {
             "checkpoint": "workdir/sft" if tiny else "",  # a training workdir; empty: the transformer of `pretrained`
+            "weights": "auto",  # of the checkpoint: "ema", "params", or "auto", the moving average where there is one
             "prompts": common.TINY_STORY if tiny else (),
             "negative_prompt": common.NEGATIVE_PROMPT,
             "given": (),  # clips that are the story's first scenes

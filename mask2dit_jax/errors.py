@@ -51,8 +51,9 @@ class _AboveProgressBars(io.TextIOBase):
 
 
 def _is_worth_reading(record) -> bool:
-    """Orbax tells of its inner life through absl too; of that, only errors are for the user."""
-    return record.levelno >= ERROR or "orbax" not in record.pathname
+    """Orbax tells of its inner life through absl too; of that, only errors are for the user, and not those that it
+    raises as well: they come with a traceback."""
+    return "orbax" not in record.pathname or (record.levelno >= ERROR and not record.exc_info)
 
 
 def _parse_flags(argv):

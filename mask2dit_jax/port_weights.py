@@ -10,17 +10,19 @@ from where the run had them. What is not there is named, and left out.
 
 from absl import flags, logging
 from etils import epath
-from flax import nnx
 
 from mask2dit_jax import setup_run
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.port import pretrained as port
 from mask2dit_jax.training import checkpoint
-from mask2dit_jax.transformer import TransformerSource
+from mask2dit_jax.transformer import WEIGHTS, TransformerSource
 
 _FROM = flags.DEFINE_string("from", None, "A diffusers directory, a workdir or a checkpoint.", required=True)
 _TO = flags.DEFINE_string("to", None, "A new folder; a workdir if --from is a diffusers directory, else the other way.")
 _DTYPE = flags.DEFINE_enum("dtype", None, list(setup_run.DTYPES), "Type of the parameters written; default: as stored.")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "auto", WEIGHTS, "Of a checkpoint: the moving average, if there is one, or not."
+)
 flags.mark_flag_as_required("to")
 
 FROZEN = ("vae", "text_encoder")
@@ -70,10 +72,9 @@ def _to_workdir(source: epath.Path, target: epath.Path, dtype) -> list[str]:
 
 
 def _to_diffusers(source: epath.Path, target: epath.Path, dtype) -> list[str]:
-    transformer = TransformerSource.require(source)
-    config = transformer.config()
-    abstract = checkpoint.stored_shapes(transformer.folder, nnx.state(port.COMPONENTS["transformer"].module(config)))
-    port.save_diffusers(target, "transformer", config, transformer.load(abstract), dtype=dtype)
+    transformer = TransformerSource.require(source, _WEIGHTS.value)
+    logging.info("transformer: %s", transformer)
+    port.save_diffusers(target, "transformer", transformer.config(), transformer.stored(), dtype=dtype)
     written = ["transformer"]
     frozen = _frozen_directory(source, transformer)
     if frozen is None:

@@ -51,7 +51,7 @@ def main(argv):
 
     pretrained = setup_run.resolve_pretrained(config)
     vae_config = port.load_config(pretrained, "vae")
-    source = TransformerSource.require(config.checkpoint or pretrained)
+    source = TransformerSource.require(config.checkpoint or pretrained, config.weights)
     model_config = setup_run.with_run_settings(source.config(), config)
     setup_run.check_encoders(model_config, pretrained)
     layout = setup_run.scene_layout(config, model_config, vae_config)

@@ -1,7 +1,9 @@
 """From a run config (ml_collections) to the frozen dataclasses and sizes that the package works with."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from absl import logging
@@ -15,6 +17,7 @@ from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import dit, vae
 from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.lora import PATTERN, LoRAConfig
 from mask2dit_jax.models.t5 import T5Config
 from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.ops import attention, masks
@@ -22,17 +25,19 @@ from mask2dit_jax.port.pretrained import load_config
 from mask2dit_jax.sampling.generate import SamplingConfig
 from mask2dit_jax.training.optimizer import OptimizerConfig
 from mask2dit_jax.training.program import TrainProgram
-from mask2dit_jax.training.step import Objective
-from mask2dit_jax.transformer import TransformerSource
+from mask2dit_jax.training.step import Objective, UpdateConfig
+from mask2dit_jax.transformer import WEIGHTS, TransformerSource
 
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 _COUNTS = (
     *("num_scenes", "num_steps", "global_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "fps"),
+    *("accumulate_steps", "max_skipped_updates", "sample_steps"),
     *("data.clip_variants", "data.min_stride", "data.max_stride", "sampler.num_steps"),
     *("model.num_heads", "model.head_dim", "model.num_layers", "model.time_embed_dim", "model.text_tokens"),
 )
+_AT_LEAST_0 = ("keep_every", "validate_every", "sample_every", "lora.rank")
 _CHOICES = {
     "mask": masks.PREDICATES,
     "attention": ("auto", *attention.IMPLEMENTATIONS),
@@ -40,6 +45,7 @@ _CHOICES = {
     "condition": scenes.CONDITIONS,
     "guidance": guidance.KINDS,
     "decode_chunking": vae.CHUNKINGS,
+    "weights": WEIGHTS,
     "data.kind": ("pretrain", "sft"),
 }
 
@@ -57,6 +63,10 @@ def check_values(config: ConfigDict, program: str, own_field: str) -> None:
         value = _find(config, name)
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    for name in _AT_LEAST_0:
+        value = _find(config, name)
+        if value is not None and value < 0:
+            raise UserError(f"{name}={value} must be at least 0, which is never")
     for name, known in _CHOICES.items():
         value = _find(config, name)
         if value is not None and value not in known:
@@ -71,6 +81,30 @@ def check_values(config: ConfigDict, program: str, own_field: str) -> None:
         raise UserError(
             f"data.min_stride={config.data.min_stride} is more than data.max_stride={config.data.max_stride}"
         )
+    _check_training_values(config)
+
+
+def _check_training_values(config: ConfigDict) -> None:
+    patterns, steps = config.get("trainable", ()), config.get("profile_steps", ())
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise UserError(f"trainable holds {pattern!r}, which is no text; quote each: --config.trainable=\"('a',)\"")
+    if steps and (len(steps) != 2 or not all(isinstance(step, int) for step in steps) or not 0 < steps[0] <= steps[1]):
+        raise UserError(f"profile_steps={steps} must be a first and a last step, such as (10, 13)")
+    for frames in config.get("scene_frames", ()):
+        if not isinstance(frames, tuple) or len(frames) != config.num_scenes:
+            raise UserError(
+                f"scene_frames holds {frames!r}; give the pixel frames of num_scenes={config.num_scenes} scenes each "
+                "time, such as ((49, 49, 49), (25, 49, 25))"
+            )
+        for count in frames:
+            if not isinstance(count, int) or not (count == config.num_frames or 0 < count < config.num_frames):
+                raise UserError(f"scene_frames: {count!r} must be from 1 to num_frames={config.num_frames}, as stored")
+            if count != config.num_frames and count % 8 != 1:
+                raise UserError(
+                    f"scene_frames: {count} is not of the form 8k + 1, the VAE encodes 8 frames at a time, so such a "
+                    f"scene is no part of the stored one; the nearest is {max(1, round((count - 1) / 8) * 8 + 1)}"
+                )
 
 
 def _find(config: ConfigDict, name: str):
@@ -132,15 +166,14 @@ def encoder_configs(pretrained) -> tuple[VAEConfig, T5Config]:
 def train_program(
     config: ConfigDict, mesh: Mesh, model: DiTConfig, vae: VAEConfig, schedule: ScheduleConfig
 ) -> TrainProgram:
-    """What the config trains, on `mesh`."""
-    model = with_run_settings(model, config)
+    """What the config trains, on `mesh`; of several layouts of scenes, that of the data."""
+    lora = LoRAConfig(config.lora.rank, config.lora.alpha) if config.lora.rank else None
+    model = dataclasses.replace(with_run_settings(model, config), lora=lora)
+    layout = scene_layout(config, model, vae)
     objective = Objective(
-        NoiseSchedule(schedule),
-        scene_layout(config, model, vae),
-        vae.scaling_factor,
-        config.condition_probability,
-        config.condition,
+        NoiseSchedule(schedule), layout, vae.scaling_factor, config.condition_probability, config.condition
     )
+    trainable = (*config.trainable, *((PATTERN,) if lora else ()))
     return TrainProgram(
         mesh,
         model,
@@ -150,7 +183,60 @@ def train_program(
         config.seed,
         resolve_dtype(config.compute_dtype),
         resolve_dtype(config.param_dtype),
+        resolve_dtype(config.frozen_dtype or config.param_dtype),
+        UpdateConfig(config.accumulate_steps, config.ema_decay, trainable),
+        layout,
     )
+
+
+def train_programs(
+    config: ConfigDict, mesh: Mesh, model: DiTConfig, vae: VAEConfig, schedule: ScheduleConfig
+) -> tuple[TrainProgram, ...]:
+    """One for each layout of scenes in `scene_frames`; they share their state."""
+    program = train_program(config, mesh, model, vae, schedule)
+    time = vae.temporal_compression_ratio
+    layouts = [
+        dataclasses.replace(program.stored_layout, frames=tuple((count - 1) // time + 1 for count in frames))
+        for frames in config.scene_frames or ((config.num_frames,) * config.num_scenes,)
+    ]
+    objectives = [dataclasses.replace(program.objective, layout=layout) for layout in dict.fromkeys(layouts)]
+    return tuple(dataclasses.replace(program, objective=objective) for objective in objectives)
+
+
+def samples_at_once(config: ConfigDict) -> int:
+    """Of a training step: what the mesh divides."""
+    return max(1, config.global_batch_size // config.accumulate_steps)
+
+
+def run_record(config: ConfigDict, model: DiTConfig) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    return {
+        "model": model.to_json(),
+        "lora": model.lora and dataclasses.asdict(model.lora),
+        "pretrained": str(config.pretrained),
+        "config": config.to_dict(),
+        "data": "the batch of a step is a function of seed, step and data files alone; so is all that is random in it",
+    }
+
+
+def log_changes(before: Mapping[str, Any], config: ConfigDict) -> None:
+    """Names what a resumed run does otherwise than the run that left the checkpoint."""
+    was, now = _flat(before), _flat(config.to_dict())
+    changed = [f"{name} {now[name]!r}, not {was[name]!r}" for name in now if name in was and was[name] != now[name]]
+    if changed:
+        logging.warning("resumed with other settings: %s", "; ".join(changed))
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: _listed(value)}
+    return flat
+
+
+def _listed(value):
+    """JSON has no tuples."""
+    return [_listed(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def stored_model(source: TransformerSource, wanted: DiTConfig, config: ConfigDict) -> DiTConfig:

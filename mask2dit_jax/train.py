@@ -2,10 +2,12 @@
 
     python -m mask2dit_jax.train --config=configs/sft.py:tiny --workdir=workdir/sft
 
-A run started again in the same workdir goes on from its newest checkpoint.
+A run started again in the same workdir goes on from its newest checkpoint. SIGTERM makes it save, and end with code
+143. docs/training.md says what is logged.
 """
 
-import time
+import functools
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -20,11 +22,15 @@ from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.port import pretrained as port
-from mask2dit_jax.training import checkpoint
+from mask2dit_jax.preview import Preview
+from mask2dit_jax.training import checkpoint, resume, scene_lengths, validation
+from mask2dit_jax.training.metrics import MetricsLog
 from mask2dit_jax.training.optimizer import learning_rate
+from mask2dit_jax.training.profile import StepTrace
 from mask2dit_jax.training.program import TrainProgram, global_batch, local_rows
-from mask2dit_jax.training.step import Batch, TrainState
-from mask2dit_jax.training_data import open_training_data
+from mask2dit_jax.training.step import Batch, TrainState, evaluated_params
+from mask2dit_jax.training.stopping import EXIT_CODE, StopRequest
+from mask2dit_jax.training_data import TrainingData, open_training_data
 from mask2dit_jax.transformer import TransformerSource
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:tiny.", lock_config=True)
@@ -39,103 +45,125 @@ def main(argv):
     config, workdir = _CONFIG.value, _WORKDIR.value
     setup_run.check_values(config, "train", "num_steps")
     logging.info("config:\n%s", config)
-    mesh = make_mesh(config.mesh.to_dict(), batch_size=config.global_batch_size)
+    mesh = make_mesh(config.mesh.to_dict(), batch_size=setup_run.samples_at_once(config))
 
-    with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as manager:
+    keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
+    with checkpoint.open_manager(workdir, **keep) as manager:
         pretrained = setup_run.resolve_pretrained(config)
         start, source = _find_start(config, pretrained, manager)
         vae_config, text_config = setup_run.encoder_configs(pretrained)
         wanted = setup_run.model_from_scratch(config, vae_config, text_config)
         stored = setup_run.stored_model(source, wanted, config) if source else wanted
         setup_run.check_encoders(stored, pretrained)
-        program = setup_run.train_program(config, mesh, stored, vae_config, port.load_schedule(pretrained))
-        data = open_training_data(config, pretrained, program.model)
+        programs = setup_run.train_programs(config, mesh, stored, vae_config, port.load_schedule(pretrained))
+        data = open_training_data(config, pretrained, programs[0].model)
         with jax.set_mesh(mesh):
-            state = _start_state(program, start, source, manager)
-            rows = local_rows(program.abstract_batch)
-            batches = data.batches(int(state.step), rows, config.global_batch_size, config.seed)
-            _run(config, program, state, (global_batch(b, program.abstract_batch, rows) for b in batches), manager)
+            state = _start_state(programs[0], start, source, manager)
+            rows = local_rows(programs[0].abstract_batch)
+            watch = Watch(config, programs, pretrained, workdir, data, rows)
+            with StopRequest() as stop:
+                last = _run(config, state, _placed(config, programs, data, int(state.step), rows), watch, manager, stop)
+    if last < config.num_steps:
+        logging.info("stopped: step %d, checkpoints in %s", last, workdir)
+        sys.exit(EXIT_CODE)
     logging.info("done: step %d, checkpoints in %s", config.num_steps, workdir)
 
 
-def _run(config: ConfigDict, program: TrainProgram, state: TrainState, batches: Iterator[Batch], manager):
-    """Steps until the config's last one; a checkpoint now and then, and at the end."""
-    first_step = int(state.step)
-    record = {"model": program.model.to_json(), "pretrained": str(config.pretrained), "config": config.to_dict()}
-    is_first = jax.process_index() == 0
-    log = MetricsLog(
-        SummaryWriter(str(manager.directory.parent)) if is_first else None,
-        config.log_every,
-        learning_rate(program.optimizer),
-    )
-    total = config.num_steps
-    with tqdm(total=total, initial=first_step, desc="training", unit="step", disable=not is_first) as progress:
-        for step in range(first_step + 1, config.num_steps + 1):
-            state, metrics = program.step(state, next(batches))
-            progress.set_postfix(log.add(step, metrics), refresh=False)
+def _run(
+    config: ConfigDict,
+    state: TrainState,
+    batches: Iterator[tuple[TrainProgram, Batch]],
+    watch: "Watch",
+    manager: checkpoint.Manager,
+    stop: StopRequest,
+) -> int:
+    """Steps until the config's last one, or until asked to stop; a checkpoint now and then, and at the end."""
+    first_step, total = int(state.step), config.num_steps
+    log, record = watch.log, setup_run.run_record(config, watch.program.model)
+    with tqdm(total=total, initial=first_step, desc="training", unit="step", disable=not watch.is_first) as progress:
+        for step in range(first_step + 1, total + 1):
+            with log.waiting():
+                program, batch = next(batches)
+            with watch.trace(step):
+                state, metrics = program.step(state, batch)
+            progress.set_postfix(log.add(step, metrics, program.flops), refresh=False)
             progress.update()
-            if step % config.checkpoint_every == 0 or step == config.num_steps:
+            watch.look(step, state)
+            is_last = stop.is_due(step) or step == total
+            if step % config.checkpoint_every == 0 or is_last:
                 checkpoint.save(manager, state, record)
+            elif step % config.log_every == 0:
+                checkpoint.check_written(manager)
+            if is_last:
+                break
     log.flush()
+    return int(state.step)
 
 
-class MetricsLog:
-    """Writes a window of steps at a time, one window late: reading a metric never waits for the step in flight."""
+class Watch:
+    """What is looked at while a run goes, and where it is written."""
 
-    def __init__(self, writer: SummaryWriter | None, every: int, rate):
-        self._writer, self._every, self._rate = writer, every, rate
-        self._pending, self._ready, self._shown = [], None, {}
-        self._step, self._since = 0, time.monotonic()
+    def __init__(self, config: ConfigDict, programs, pretrained, workdir, data: TrainingData, rows):
+        self.program = programs[0]
+        self.is_first = jax.process_index() == 0
+        self._config, self._data, self._rows = config, data, rows
+        self._writer = SummaryWriter(str(workdir)) if self.is_first else None
+        self.log = MetricsLog(
+            self._writer,
+            config.log_every,
+            learning_rate(self.program.optimizer),
+            samples_per_step=config.global_batch_size,
+            max_skipped=config.max_skipped_updates,
+            skipped_items=data.skipped,
+        )
+        self.trace = StepTrace(config.profile_steps, f"{workdir}/profile")
+        self._preview = Preview(self.program, pretrained, config.sample_steps, workdir, self._writer)
 
-    def add(self, step: int, metrics) -> dict[str, str]:
-        """Returns what a progress bar shows: the newest means that are written."""
-        self._pending.append(metrics)
-        self._step = step
-        if step % self._every == 0:
-            self._write()
-            self._close_window()
-        return self._shown
+    def look(self, step: int, state: TrainState) -> None:
+        """Validation and a storyboard, when they are due, with the averaged parameters if there are any."""
+        params = evaluated_params(state, self.program.update)
+        if _is_due(step, self._config.validate_every):
+            losses = jax.device_get(self.program.validate(params, self._fixed_batch))
+            self.log.write(step, validation.scalars(losses, self.program.objective))
+        if _is_due(step, self._config.sample_every):
+            self._preview(step, params, self._fixed_batch["text"])
+        if _is_due(step, self._config.checkpoint_every):  # where processes wait for each other anyway
+            self._data.gather_skipped()
 
-    def flush(self):
-        """Writes what is left; the last window may be a short one."""
-        self._write()
-        if self._pending:
-            self._close_window()
-            self._write()
-        if self._writer:
-            self._writer.close()
+    @functools.cached_property
+    def _fixed_batch(self) -> Batch:
+        """The batch of step 0, whatever step the run began at."""
+        batch = next(_batches(self._config, self._data, 0, self._rows))
+        batch = scene_lengths.cut(batch, self.program.stored_layout, self.program.objective.layout)
+        return global_batch(batch, self.program.abstract_batch, self._rows)
 
-    def _close_window(self):
-        elapsed, self._since = time.monotonic() - self._since, time.monotonic()
-        self._ready = (self._step, self._pending, len(self._pending) / elapsed)
-        self._pending = []
 
-    def _write(self):
-        if self._ready is None:
-            return
-        (step, window, steps_per_second), self._ready = self._ready, None
-        host = jax.device_get(window)
-        total = {name: float(np.sum([m[name] for m in host])) for name in host[0]}
-        scalars = {
-            "loss": total["loss"] / len(host),
-            "grad_norm": total["grad_norm"] / len(host),
-            "learning_rate": float(self._rate(step)),
-            "steps_per_second": steps_per_second,
-        }
-        for kind in ("fixed", "extension"):
-            if total[f"num_{kind}"]:
-                scalars[f"loss_{kind}"] = total[f"loss_{kind}_sum"] / total[f"num_{kind}"]
-        self._shown = {"loss": f"{scalars['loss']:.4f}"}
-        if self._writer:
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, step)
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _batches(config: ConfigDict, data: TrainingData, start_step: int, rows) -> Iterator[dict[str, np.ndarray]]:
+    return data.batches(start_step, rows, config.global_batch_size, config.seed)
+
+
+def _placed(
+    config: ConfigDict, programs: tuple[TrainProgram, ...], data: TrainingData, start_step: int, rows
+) -> Iterator[tuple[TrainProgram, Batch]]:
+    """Each step's batch on its devices, and the program for the lengths that its scenes have."""
+    by_layout = {program.objective.layout: program for program in programs}
+    for number, batch in enumerate(_batches(config, data, start_step, rows), start=start_step):
+        program = by_layout[scene_lengths.draw(tuple(by_layout), config.seed, number)]
+        batch = scene_lengths.cut(batch, program.stored_layout, program.objective.layout)
+        yield program, global_batch(batch, program.abstract_batch, rows)
 
 
 def _find_start(config: ConfigDict, pretrained, manager) -> tuple[str, TransformerSource | None]:
     """What the run starts from, in this order: resume, init_from, the pretrained directory, random numbers."""
-    if manager.latest_step() is not None:
-        logging.info("start: resuming step %d of %s", manager.latest_step(), manager.directory)
-        return "resume", TransformerSource.require(manager.directory)
+    if (step := resume.set_aside_unreadable(manager)) is not None:
+        logging.info("start: resuming step %d of %s", step, manager.directory)
+        source = TransformerSource.require(manager.directory)
+        setup_run.log_changes(checkpoint.read_record(source.folder).get("config", {}), config)
+        return "resume", source
     if config.init_from:
         source = TransformerSource.require(config.init_from)
         logging.info("start: parameters of %s", source)
@@ -148,8 +176,12 @@ def _find_start(config: ConfigDict, pretrained, manager) -> tuple[str, Transform
 def _start_state(program: TrainProgram, start: str, source: TransformerSource | None, manager) -> TrainState:
     """Every parameter comes straight onto its devices."""
     if start == "resume":
-        return checkpoint.restore(manager, program.abstract_state)
-    return program.start(source.load(program.abstract_params) if source else program.random_params())
+        return resume.restore(manager, program.abstract_state)
+    if source:
+        return program.start(program.adapted(source.load(program.abstract_plain)))
+    if program.model.lora:
+        raise UserError("lora adapts weights, and there are none: set --config.init_from or --config.pretrained")
+    return program.start(program.random_params())
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def main(argv):
     setup_run.check_values(config, "train_compile", "num_steps" if is_training else "prompts")
     sizes = Sizes.of(config)
     batch = config.global_batch_size if is_training else 1 + setup_run.sampling_config(config).guided
-    mesh = make_mesh(config.mesh.to_dict(), topology.devices(), batch)
+    at_once = setup_run.samples_at_once(config) if is_training else batch
+    mesh = make_mesh(config.mesh.to_dict(), topology.devices(), at_once)
     reports = [(_compile_train if is_training else _compile_denoise)(config, mesh, topology, sizes)]
     if _ENCODERS.value:
         reports += _compile_encoders(config, topology, sizes, decode=not is_training)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from mask2dit_jax.axes import Floats, Ints, NpInts
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models.lora import AdaptedLinear, LoRAConfig
 from mask2dit_jax.ops import attention_splash, positions
 from mask2dit_jax.ops.attention import attend
 from mask2dit_jax.parallel.sharding import HEADS, HIDDEN, SAMPLES, TOKENS, constrain
@@ -46,6 +47,7 @@ class DiTConfig:
         remat: what the backward pass keeps of a block: "none" recomputes nothing, "full" everything, "attention" all
             but attention (splash only: keeps its output, saves a seventh of the 5B's roofline step), "dots" all but
             matrix products.
+        lora: adapters to train in place of the weights; not a part of what diffusers knows.
     """
 
     num_heads: int
@@ -70,6 +72,7 @@ class DiTConfig:
     mask: str = "v2"
     attention: str = "grouped"
     remat: str = "none"
+    lora: LoRAConfig | None = None
 
     def __post_init__(self):
         split, dim = ("head_dim", self.head_dim) if self.rope else ("num_heads * head_dim", self.width)
@@ -216,9 +219,9 @@ class Attention(nnx.Module):
         self.config = config
         width = config.width
         self.query, self.key, self.value = (
-            nnx.Linear(width, width, use_bias=config.attention_bias, **kwargs) for _ in range(3)
+            AdaptedLinear(width, width, use_bias=config.attention_bias, lora=config.lora, **kwargs) for _ in range(3)
         )
-        self.out = nnx.Linear(width, width, **kwargs)
+        self.out = AdaptedLinear(width, width, lora=config.lora, **kwargs)
         self.norm_q = _layer_norm(config.head_dim, QK_NORM_EPS, **kwargs)
         self.norm_k = _layer_norm(config.head_dim, QK_NORM_EPS, **kwargs)
 
@@ -238,8 +241,8 @@ class Attention(nnx.Module):
 
 class FeedForward(nnx.Module):
     def __init__(self, config: DiTConfig, **kwargs):
-        self.up = nnx.Linear(config.width, 4 * config.width, **kwargs)
-        self.down = nnx.Linear(4 * config.width, config.width, **kwargs)
+        self.up = AdaptedLinear(config.width, 4 * config.width, lora=config.lora, **kwargs)
+        self.down = AdaptedLinear(4 * config.width, config.width, lora=config.lora, **kwargs)
 
     def __call__(self, x: Floats["b l d"]) -> Floats["b l d"]:
         return self.down(constrain(jax.nn.gelu(self.up(x), approximate=True), HIDDEN))

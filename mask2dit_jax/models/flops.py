@@ -25,3 +25,9 @@ def matmul_flops(config: DiTConfig, layout: SceneLayout) -> int:
 def attention_flops(config: DiTConfig, layout: SceneLayout) -> int:
     """Of one sample: logits and weighted values of the pairs that the mask allows."""
     return 2 * 2 * config.width * allowed_pairs(config.mask, layout) * config.num_layers
+
+
+def training_flops(config: DiTConfig, layout: SceneLayout, trained_share: float = 1.0) -> float:
+    """Of one sample: a training step that needs the gradients of this share of the weights, by size."""
+    passes = TRAINING - 1 + trained_share
+    return passes * matmul_flops(config, layout) + TRAINING * attention_flops(config, layout)

@@ -122,6 +122,23 @@ CHIPS = {
     )
 }
 
+# How jax calls them (`device_kind`).
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The chip that a device is; None for one that is not in the table above, such as a CPU."""
+    return CHIPS.get(_KINDS.get(device.device_kind, ""))
+
+
 # Product names of the usual slices: number -> shape (the "Configurations" tables of the same pages).
 _FLAT_SHAPES = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 _CUBIC_SHAPES = {

@@ -94,12 +94,16 @@ def _text(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, mesh: Mesh, num_parts: int = 1) -> None:
+    """Each of `num_parts` parts of the batch must divide over the devices."""
     shares = mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]]
-    if batch_size % shares:
+    if batch_size % num_parts:
+        raise UserError(f"global_batch_size={batch_size} is no multiple of accumulate_steps={num_parts}")
+    if batch_size // num_parts % shares:
+        parts = f" / accumulate_steps={num_parts}" if num_parts > 1 else ""
         raise UserError(
-            f"global_batch_size={batch_size} does not divide over mesh.data x mesh.fsdp = {shares}; use a multiple of "
-            f"{shares}, or give mesh.context more of the devices"
+            f"global_batch_size={batch_size}{parts} does not divide over mesh.data x mesh.fsdp = {shares}; use a "
+            f"multiple of {shares * num_parts}, or give mesh.context more of the devices"
         )
 
 

@@ -36,6 +36,11 @@ DIT: Table = (
     (r"(patch_embed|proj_out)\.kernel", P()),  # small, and used on all tokens
     (r"(patch_embed|text_embed|time_embed\.linear_[12]|modulation_out\.linear|proj_out)\.bias", P()),
     (r"norm_(final|out)\.(scale|bias)", P()),
+    # LoRA: each adapter as the side of the kernel that it stands beside.
+    (r"blocks\.(attn\.(query|key|value)|mlp\.up)\.lora_a", P(None, WEIGHTS, None)),
+    (r"blocks\.(attn\.(query|key|value)|mlp\.up)\.lora_b", P(None, None, TENSOR)),
+    (r"blocks\.(attn\.out|mlp\.down)\.lora_a", P(None, TENSOR, None)),
+    (r"blocks\.(attn\.out|mlp\.down)\.lora_b", P(None, None, WEIGHTS)),
 )
 
 # The encoders only run forward: their parameters are sharded for memory, not for speed.

@@ -1,7 +1,11 @@
-"""Checkpoints of a run: `WORKDIR/checkpoints/STEP/{params,train,record}`, written by Orbax.
+"""Checkpoints of a run: `WORKDIR/checkpoints/STEP/{params,ema,train,record}`, written by Orbax.
 
-The parameters are an item of their own, so that sampling, export and a next stage read them without the optimiser.
-`record` is JSON: the model's config, where the frozen components came from, and the resolved run config.
+The parameters are an item of their own, and so is their moving average, so that sampling, export and a next stage read
+them without the optimiser. `record` is JSON: the model's config, where the frozen components came from, and the
+resolved run config. Where the data stands is no item: the batch of a step depends on the seed and the step alone.
+
+A folder gets its name when all of it is written, so a run that is killed leaves none that is half. How a run goes on
+from what is there: resume.py.
 """
 
 import contextlib
@@ -12,17 +16,35 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.parallel.sharding import name_of
 from mask2dit_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
+DAMAGE = (OSError, ValueError, KeyError)  # what reading a missing or cut file raises
+TRAIN = ("step", "opt_state", "skipped", "skipped_in_a_row")  # the fields of a state that make up `train`
 
 
-def open_manager(workdir: epath.PathLike, *, keep: int, asynchronous: bool = True) -> ocp.CheckpointManager:
-    """Makes the workdir if need be; the newest `keep` checkpoints are kept.
+class Manager(ocp.CheckpointManager):
+    """Orbax's, whose failures to write are one line."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: the loop asks JAX, once a step. Asked from a thread about an older step, JAX would lose count."""
+        return False
+
+    def close(self):
+        with writing(self):
+            super().close()
+
+
+def open_manager(workdir: epath.PathLike, *, keep: int, keep_every: int = 0, asynchronous: bool = True) -> Manager:
+    """Makes the workdir if need be; what a killed run left half-written is removed.
 
     Args:
+        keep: so many of the newest checkpoints are kept,
+        keep_every: and those of steps that are a multiple of this (0: no others).
         asynchronous: saving goes on in the background, from a copy of the state in host memory.
     """
     folder = epath.Path(workdir) / FOLDER
@@ -33,21 +55,57 @@ def open_manager(workdir: epath.PathLike, *, keep: int, asynchronous: bool = Tru
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written ({error.strerror or error}); choose another") from error
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=asynchronous)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
-
-
-def save(manager: ocp.CheckpointManager, state: TrainState, record: dict[str, Any]) -> None:
-    """Starts writing in the background; `manager.wait_until_finished()` or closing it waits."""
-    train = {"step": state.step, "opt_state": state.opt_state}
-    manager.save(
-        int(state.step),
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            train=ocp.args.StandardSave(train),
-            record=ocp.args.JsonSave(record),
-        ),
+    kept = [preservation_policy.LatestN(keep)]
+    if keep_every:
+        kept.append(preservation_policy.EveryNSteps(keep_every))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=asynchronous,
     )
+    return Manager(folder.absolute(), options=options)
+
+
+def save(manager: Manager, state: TrainState, record: dict[str, Any]) -> None:
+    """Starts writing in the background; `manager.wait_until_finished()` or closing it waits. Once is enough for a step.
+
+    Raises:
+        UserError: this one or the one before could not be written; what was there is still there.
+    """
+    step = int(state.step)
+    with writing(manager):
+        manager.wait_until_finished()
+        if step in manager.all_steps():
+            return
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "train": ocp.args.StandardSave({name: getattr(state, name) for name in TRAIN}),
+            "record": ocp.args.JsonSave(record),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+
+def check_written(manager: Manager) -> None:
+    """Raises UserError if the background could not write; waits for nothing."""
+    if not manager.is_saving_in_progress():
+        with writing(manager):
+            manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def writing(manager: Manager):
+    """A full disk shows as one of several kinds of error, in the call that saves or in one that comes later."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        steps = [int(child.name) for child in manager.directory.iterdir() if child.name.isdigit()]
+        good = f"step {max(steps)} is the newest one that was" if steps else "none was yet"
+        raise UserError(
+            f"a checkpoint could not be written to {manager.directory} ({reason_of(error)}); {good}: make room there, "
+            "then start again to go on"
+        ) from error
 
 
 def save_params(workdir: epath.PathLike, params: nnx.State, record: dict[str, Any]) -> None:
@@ -55,21 +113,6 @@ def save_params(workdir: epath.PathLike, params: nnx.State, record: dict[str, An
     with open_manager(workdir, keep=1, asynchronous=False) as manager:
         args = ocp.args.Composite(params=ocp.args.StandardSave(params), record=ocp.args.JsonSave(record))
         manager.save(0, args=args, force=True)
-
-
-def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> TrainState:
-    """The newest checkpoint, onto the shardings of `abstract` (shapes and dtypes of the state)."""
-    step = manager.latest_step()
-    if not (manager.directory / str(step) / "train").exists():
-        raise UserError(
-            f"{manager.directory} holds parameters without a training state, so no run can resume there; "
-            f"start one in another workdir with --config.init_from={manager.directory.parent}"
-        )
-    targets = {"step": abstract.step, "opt_state": abstract.opt_state}
-    args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract.params), train=ocp.args.StandardRestore(targets))
-    with _damage_named(manager.directory / str(step)):
-        restored = manager.restore(step, args=args)
-    return TrainState(restored.train["step"], restored.params, restored.train["opt_state"])
 
 
 def find(path: epath.PathLike) -> epath.Path:
@@ -102,22 +145,35 @@ def read_record(checkpoint: epath.Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {checkpoint} is damaged: {file} is missing or no JSON; use another one") from error
 
 
-def load_params(checkpoint: epath.Path, abstract: nnx.State) -> nnx.State:
-    """The parameters of a checkpoint, onto the shardings and dtypes of `abstract`."""
-    stored_shapes(checkpoint, abstract)
-    args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+def metadata(item: epath.Path):
+    return ocp.StandardCheckpointHandler().metadata(item)
+
+
+def load_params(checkpoint: epath.Path, abstract: nnx.State, item: str = "params") -> nnx.State:
+    """The parameters of a checkpoint (or their average, "ema"), onto the shardings and dtypes of `abstract`."""
+    stored_shapes(checkpoint, abstract, item)
+    args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
     with _damage_named(checkpoint), _reader(checkpoint) as manager:
-        return manager.restore(int(checkpoint.name), args=args).params
+        return manager.restore(int(checkpoint.name), args=args)[item]
 
 
-def stored_shapes(checkpoint: epath.Path, abstract: nnx.State) -> nnx.State:
+def stored_names(checkpoint: epath.Path, item: str) -> set[str]:
+    """The paths of an item's parameters; none if the checkpoint has no such item."""
+    if not (checkpoint / item).exists():
+        return set()
+    with _damage_named(checkpoint):
+        leaves = jax.tree_util.tree_leaves_with_path(metadata(checkpoint / item))
+    return {name_of(path).removesuffix(".value") for path, _ in leaves}
+
+
+def stored_shapes(checkpoint: epath.Path, abstract: nnx.State, item: str = "params") -> nnx.State:
     """`abstract` with the dtypes that the checkpoint's parameters are stored in.
 
     Raises:
         UserError: its shapes are not those of `abstract`; Orbax would report that as a page of tree differences.
     """
-    with _damage_named(checkpoint), _reader(checkpoint) as manager:
-        stored = jax.tree.leaves(manager.item_metadata(int(checkpoint.name)).params)
+    with _damage_named(checkpoint):
+        stored = jax.tree.leaves(metadata(checkpoint / item))
     leaves, tree = jax.tree.flatten(abstract)
     if [tuple(leaf.shape) for leaf in stored] != [tuple(leaf.shape) for leaf in leaves]:
         raise UserError(f"checkpoint {checkpoint} is of a model of other sizes than its record says; use another one")
@@ -129,15 +185,18 @@ def _damage_named(checkpoint: epath.Path):
     """A file that is missing or cut short inside a checkpoint shows as one of many kinds of error, pages long."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+    except DAMAGE as error:
         raise UserError(
-            f"checkpoint {checkpoint} is damaged ({reason}); delete its folder to go on from the one before, or use "
-            "another one"
+            f"checkpoint {checkpoint} is damaged ({reason_of(error)}); delete its folder to go on from the one before, "
+            "or use another one"
         ) from error
 
 
 def _reader(checkpoint: epath.Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(read_only=True)
-    registry = {"params": ocp.StandardCheckpointHandler()}
+    registry = {item: ocp.StandardCheckpointHandler() for item in ("params", "ema")}
     return ocp.CheckpointManager(checkpoint.parent.absolute(), options=options, item_handlers=registry)
+
+
+def reason_of(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

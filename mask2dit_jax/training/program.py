@@ -14,11 +14,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from mask2dit_jax.axes import Array
+from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models import flops, lora
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.mesh import check_batch, check_tokens
+from mask2dit_jax.training import trainable
 from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer
-from mask2dit_jax.training.step import Objective, TrainState, init_state, make_train_step
+from mask2dit_jax.training.step import Objective, TrainState, UpdateConfig, init_state, make_train_step
+from mask2dit_jax.training.validation import make_validation
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 
@@ -29,11 +33,14 @@ class TrainProgram:
 
     Attributes:
         dtype: of the computation.
-        param_dtype: of the parameters and of the optimiser's moments.
+        param_dtype: of the parameters that train and of the optimiser's moments.
+        frozen_dtype: of the parameters that do not train; None: the same.
         seed: of the parameters, when they start from scratch, and of all that a step draws.
+        stored_layout: of the samples that the data has; those of `objective.layout` are cut from them.
 
     Raises:
-        UserError: the batch or the tokens of a sample do not divide over the mesh.
+        UserError: the batch or the tokens of a sample do not divide over the mesh, or a pattern of `update.trainable`
+            matches nothing.
     """
 
     mesh: Mesh
@@ -44,10 +51,14 @@ class TrainProgram:
     seed: int = 0
     dtype: DTypeLike = jnp.bfloat16
     param_dtype: DTypeLike = jnp.float32
+    frozen_dtype: DTypeLike | None = None
+    update: UpdateConfig = dataclasses.field(default_factory=UpdateConfig)
+    stored_layout: SceneLayout | None = None
 
     def __post_init__(self):
-        check_batch(self.global_batch_size, self.mesh)
+        check_batch(self.global_batch_size, self.mesh, self.update.accumulate_steps)
         check_tokens(self.objective.layout.num_tokens, self.mesh)
+        trainable.check_patterns(self._split_model[1], self.update.trainable)
 
     @functools.cached_property
     def _split_model(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -57,13 +68,16 @@ class TrainProgram:
     @property
     def abstract_params(self) -> nnx.State:
         """Shape, dtype and sharding of every parameter."""
-        params = self._split_model[1]
+        trained, frozen = trainable.split(self._split_model[1], self.update.trainable)
+        frozen_dtype = self.frozen_dtype or self.param_dtype
+        frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, frozen_dtype), frozen)
+        params = trainable.join(trained, frozen)
         return sharding.placed(params, sharding.parameter_shardings(params, self.mesh, sharding.DIT))
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of the whole state: what a checkpoint is restored onto."""
-        state = jax.eval_shape(self._init_state, self._split_model[1])
+        state = jax.eval_shape(self._init_state, self.abstract_params)
         return sharding.placed(state, sharding.parameter_shardings(state, self.mesh, sharding.DIT))
 
     @functools.cached_property
@@ -82,7 +96,8 @@ class TrainProgram:
     @functools.cached_property
     def step(self):
         """The jitted `train_step(state, batch) -> (state, metrics)`; the state given is used up."""
-        train_step = make_train_step(self._split_model[0], make_optimizer(self.optimizer), self.objective, self.seed)
+        graph, optimizer = self._split_model[0], make_optimizer(self.optimizer)
+        train_step = make_train_step(graph, optimizer, self.objective, self.seed, self.update)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(self.mesh)))
 
@@ -91,13 +106,46 @@ class TrainProgram:
         with jax.set_mesh(self.mesh):
             return self.step.trace(self.abstract_state, self.abstract_batch).lower(lowering_platforms=(platform,))
 
+    @functools.cached_property
+    def validate(self):
+        """The jitted `validate(params, batch) -> losses` (see `validation`)."""
+        run = make_validation(self._split_model[0], self.objective, self.seed)
+        return jax.jit(run, out_shardings=sharding.replicated(self.mesh))
+
+    @functools.cached_property
+    def flops(self) -> float:
+        """What a step must compute, on all chips together."""
+        leaves = nnx.to_flat_state(self._split_model[1])
+        sizes = {path: leaf.size for path, leaf in leaves if path[-1] == "kernel"}
+        trained = sum(size for path, size in sizes.items() if trainable.is_trained(path, self.update.trainable))
+        share = trained / sum(sizes.values())
+        return self.global_batch_size * flops.training_flops(self.model, self.objective.layout, share)
+
+    @property
+    def graph(self) -> nnx.GraphDef:
+        return self._split_model[0]
+
     def random_params(self) -> nnx.State:
         """Parameters of a run from scratch, each made where it belongs; the same on every mesh."""
+        return self._random(lambda params: params)
+
+    def adapted(self, params: nnx.State) -> nnx.State:
+        """`params` of the plain model, with new adapters where the model has some."""
+        return trainable.join(params, self._random(lora.adapters_of)) if self.model.lora else params
+
+    @property
+    def abstract_plain(self) -> nnx.State:
+        """Shape, dtype and sharding of every parameter but the adapters: what stored weights have."""
+        return lora.without_adapters(self.abstract_params)
+
+    def _random(self, choose) -> nnx.State:
+        abstract = choose(self.abstract_params)
 
         def init():
-            return nnx.state(DiT(self.model, rngs=nnx.Rngs(self.seed), param_dtype=self.param_dtype))
+            params = choose(nnx.state(DiT(self.model, rngs=nnx.Rngs(self.seed), param_dtype=self.param_dtype)))
+            return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, abstract)
 
-        return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_params))()
+        return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
 
     def start(self, params: nnx.State) -> TrainState:
         """The state of step 0; uses `params` up."""
@@ -105,7 +153,7 @@ class TrainProgram:
         return jax.jit(self._init_state, out_shardings=shardings, donate_argnums=0)(params)
 
     def _init_state(self, params: nnx.State) -> TrainState:
-        return init_state(params, make_optimizer(self.optimizer))
+        return init_state(params, make_optimizer(self.optimizer), self.update)
 
 
 def local_rows(abstract: AbstractBatch) -> list[int]:

@@ -78,12 +78,17 @@ class Commands:
 def commands(tmp_path_factory) -> Commands:
     shared = tmp_path_factory.mktemp("shared")
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("JAX_PLATFORMS", "cpu")
-        environment.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
-        environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        environment.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # they are compiled in half the time
-        process.start_server()
+        set_environment(environment, shared)
     return Commands(shared)
+
+
+def set_environment(environment: pytest.MonkeyPatch, shared: Path) -> None:
+    """Starts the server that all mains are forked from, with compiled programs in `shared`."""
+    environment.setenv("JAX_PLATFORMS", "cpu")
+    environment.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
+    environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    environment.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # they are compiled in half the time
+    process.start_server()
 
 
 def moving_square(colour: tuple[int, int, int], count: int = FRAMES) -> np.ndarray:
@@ -124,7 +129,11 @@ def make_clip(folder: Path, name: str, caption: str, colour=(90, 90, 90), count:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Dataset:
-    folder = tmp_path_factory.mktemp("data")
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def make_dataset(folder: Path) -> Dataset:
+    folder.mkdir(exist_ok=True)
     named = zip(COLOURS.items(), PROMPTS, strict=True)
     return Dataset.write(folder, [make_clip(folder, name, prompt, colour) for (name, colour), prompt in named])
 

@@ -33,14 +33,21 @@ def start_server() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def run(folder: Path, main: str, arguments: tuple[str, ...], environment: dict[str, str]) -> Finished:
-    """Runs a main in the repository's root; `folder` takes what it prints."""
-    out, err = folder / "stdout", folder / "stderr"
-    process = _SERVER.Process(target=_run, args=(main, arguments, environment, out, err))
+def start(folder: Path, main: str, arguments: tuple[str, ...], environment: dict[str, str]):
+    """Starts a main in the repository's root; `folder` takes what it prints, as `stdout` and `stderr`."""
+    process = _SERVER.Process(target=_run, args=(main, arguments, environment, folder / "stdout", folder / "stderr"))
     process.start()
+    return process
+
+
+def finish(folder: Path, process) -> Finished:
     process.join(timeout=300)
-    assert process.exitcode is not None, f"{main} {' '.join(arguments)} does not end"
-    return Finished(process.exitcode, out.read_text(), err.read_text())
+    assert process.exitcode is not None, f"what printed into {folder} does not end"
+    return Finished(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
+
+
+def run(folder: Path, main: str, arguments: tuple[str, ...], environment: dict[str, str]) -> Finished:
+    return finish(folder, start(folder, main, arguments, environment))
 
 
 def _run(main, arguments, environment, out, err):

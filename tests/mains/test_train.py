@@ -30,7 +30,7 @@ def read(workdir, step: int) -> dict:
             target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), stored)
             return checkpointer.restore(folder / item, target)
 
-        return {item: restore(item) for item in ("params", "train")}
+        return {item: restore(item) for item in ("params", "ema", "train") if (folder / item).exists()}
 
 
 def assert_same(a: dict, b: dict):

@@ -1,5 +1,8 @@
 """Checkpoints: what is written comes back bit for bit, from wherever it is asked for, and faults are named."""
 
+import functools
+import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,14 +13,15 @@ from flax import nnx
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.training import checkpoint
+from mask2dit_jax.training import checkpoint, resume
 from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer
-from mask2dit_jax.training.step import TrainState, init_state
+from mask2dit_jax.training.step import TrainState, UpdateConfig, init_state
 
 CONFIG = DiTConfig(2, 16, 1, 4, time_embed_dim=16, text_embed_dim=8, text_tokens=5)
 RECORD = {"model": CONFIG.to_json(), "pretrained": "tiny", "config": {"seed": 0}}
 
 
+@functools.cache
 def make_state(seed=0, config=CONFIG) -> TrainState:
     params = nnx.state(DiT(config, rngs=nnx.Rngs(seed)))
     state = init_state(params, make_optimizer(OptimizerConfig()))
@@ -45,7 +49,7 @@ def workdir(tmp_path_factory):
 
 def test_the_newest_state_is_restored(workdir):
     with checkpoint.open_manager(workdir, keep=2) as manager:
-        assert_same(checkpoint.restore(manager, abstract(make_state())), make_state(3))
+        assert_same(resume.restore(manager, abstract(make_state())), make_state(3))
     assert not (workdir / "checkpoints" / "1").exists()
 
 
@@ -88,13 +92,13 @@ def test_a_model_of_other_sizes(workdir):
 
 def test_parameters_alone_can_be_loaded_but_not_resumed(tmp_path):
     params = make_state(1).params
-    checkpoint.save_params(tmp_path, params, RECORD)
+    checkpoint.save_params(tmp_path, params, {"model": CONFIG.to_json(), "pretrained": "tiny"})  # as port_weights does
     assert_same(checkpoint.load_params(checkpoint.find(tmp_path), abstract(params)), params)
     with (
         checkpoint.open_manager(tmp_path, keep=1) as manager,
         pytest.raises(UserError, match=f"start one in another workdir with --config.init_from={tmp_path}"),
     ):
-        checkpoint.restore(manager, abstract(make_state()))
+        resume.set_aside_unreadable(manager)
 
 
 def test_damaged_record(tmp_path):
@@ -119,17 +123,70 @@ def cut_data(params):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [remove_manifest, cut_metadata, cut_data])
-def test_damaged_parameters(damage, tmp_path):
-    with checkpoint.open_manager(tmp_path, keep=1) as manager:
-        checkpoint.save(manager, make_state(2), RECORD)
+def without_optimizer(params):
+    shutil.rmtree(params.parent / "train")
+
+
+@pytest.mark.parametrize("damage", [remove_manifest, cut_metadata, cut_data, without_optimizer])
+def test_damage_is_named_and_the_one_before_used(damage, tmp_path, caplog):
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        for step in (1, 2):
+            checkpoint.save(manager, make_state(step), RECORD)
     folder = checkpoint.find(tmp_path)
     damage(folder / "params")
-    named = "checkpoints/2 is damaged .*; delete its folder to go on from the one before, or use another"
-    with pytest.raises(UserError, match=named):
-        checkpoint.load_params(folder, abstract(make_state().params))
-    with checkpoint.open_manager(tmp_path, keep=1) as manager, pytest.raises(UserError, match=named):
-        checkpoint.restore(manager, abstract(make_state()))
+    if damage is not without_optimizer:
+        named = "checkpoints/2 is damaged .*; delete its folder to go on from the one before, or use another"
+        with pytest.raises(UserError, match=named):
+            checkpoint.load_params(folder, abstract(make_state().params))
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        resume.set_aside_unreadable(manager)
+        assert_same(resume.restore(manager, abstract(make_state())), make_state(1))
+        checkpoint.save(manager, make_state(2), RECORD)
+    assert re.search(rf"{folder} is damaged \(.+\): it is set aside as damaged-2", caplog.text)
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        assert_same(resume.restore(manager, abstract(make_state())), make_state(2))
+
+
+def test_every_nth_is_kept_as_well(tmp_path):
+    with checkpoint.open_manager(tmp_path, keep=1, keep_every=2, asynchronous=False) as manager:
+        for step in (1, 2, 3, 4, 5):
+            checkpoint.save(manager, make_state(step), RECORD)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    half = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+    (half / "params").mkdir(parents=True)
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        assert resume.set_aside_unreadable(manager) is None
+        checkpoint.save(manager, make_state(1), RECORD)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_an_average_that_was_not_saved_begins_as_the_parameters(tmp_path):
+    """And one that was saved comes back, and is read alone."""
+    state = make_state(1)
+    averaged = state._replace(ema=jax.tree.map(lambda x: x + 1, state.params))
+    with checkpoint.open_manager(tmp_path, keep=2, asynchronous=False) as manager:
+        checkpoint.save(manager, state, RECORD)
+        assert_same(resume.restore(manager, abstract(averaged)), state._replace(ema=state.params))
+        checkpoint.save(manager, averaged._replace(step=jnp.int32(2)), RECORD)
+        assert_same(resume.restore(manager, abstract(averaged)).ema, averaged.ema)
+        assert resume.restore(manager, abstract(state)).ema is None
+    folder = checkpoint.find(tmp_path)
+    shutil.rmtree(folder / "params")
+    assert_same(checkpoint.load_params(folder, abstract(state.params), "ema"), averaged.ema)
+
+
+def test_an_optimiser_of_other_parameters(tmp_path):
+    """A setting that changed is no damage: the checkpoint stays where it is."""
+    only = UpdateConfig(trainable=(".*attn.*",))
+    part = init_state(make_state().params, make_optimizer(OptimizerConfig()), only)
+    with checkpoint.open_manager(tmp_path, keep=2, asynchronous=False) as manager:
+        checkpoint.save(manager, make_state(1), RECORD)
+        with pytest.raises(UserError, match=r"train of .*/1 is of an optimiser of other parameters: keep"):
+            resume.restore(manager, abstract(part))
+    assert (tmp_path / "checkpoints" / "1").exists()
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):

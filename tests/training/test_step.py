@@ -42,7 +42,7 @@ def run(probability, num_steps, seed=0):
     state, history = init_state(new_model()[1], OPTIMIZER), []
     for _ in range(num_steps):
         state, metrics = train_step(probability, seed)(state, batch())
-        history.append({name: float(value) for name, value in metrics.items()})
+        history.append(jax.device_get(metrics))
     return state, history
 
 

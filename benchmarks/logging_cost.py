@@ -1,0 +1,68 @@
+"""Does logging every step cost anything? Times the same steps with a window of one step and with one window for all.
+
+    JAX_PLATFORMS=cpu python benchmarks/logging_cost.py --steps=40 --rounds=5
+
+Both ways take turns, so that what else the machine does falls on both. The step is that of `configs/sft.py:tiny` on one
+device, its batch lies there already, and TensorBoard files are written as `train` writes them.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from tensorboardX import SummaryWriter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is no part of the package
+
+from configs import sft
+from mask2dit_jax import setup_run
+from mask2dit_jax.parallel.mesh import make_mesh
+from mask2dit_jax.port import pretrained as port
+from mask2dit_jax.training.metrics import MetricsLog
+from mask2dit_jax.training.optimizer import learning_rate
+
+STEPS = flags.DEFINE_integer("steps", 40, "Steps that are timed together.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each way.")
+
+
+def main(_):
+    config = sft.get_config("tiny")
+    pretrained = setup_run.resolve_pretrained(config)
+    vae, text = setup_run.encoder_configs(pretrained)
+    mesh = make_mesh({}, jax.devices()[:1], config.global_batch_size)
+    model = setup_run.model_from_scratch(config, vae, text)
+    program = setup_run.train_program(config, mesh, model, vae, port.load_schedule(pretrained))
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+        state = program.start(program.random_params())
+        batch = {
+            name: jax.device_put(rng.standard_normal(x.shape, np.float32), x.sharding)
+            for name, x in program.abstract_batch.items()
+        }
+        seconds = {1: [], STEPS.value: []}
+        for number in range(ROUNDS.value + 1):
+            for every, found in seconds.items():
+                writer = SummaryWriter(f"{folder}/{number}_{every}")
+                log = MetricsLog(writer, every, learning_rate(program.optimizer))
+                begun = time.perf_counter()
+                for step in range(1, STEPS.value + 1):
+                    state, metrics = program.step(state, batch)
+                    log.add(step, metrics, program.flops)
+                jax.block_until_ready(state)
+                if number:  # the first round compiles
+                    found.append((time.perf_counter() - begun) / STEPS.value * 1e3)
+                log.flush()
+    for every, found in seconds.items():
+        print(
+            f"log_every={every}: {statistics.median(found):.1f} ms a step "
+            f"(of {ROUNDS.value} rounds: {', '.join(f'{ms:.1f}' for ms in found)})"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)

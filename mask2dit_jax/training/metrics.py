@@ -1,0 +1,159 @@
+"""What a run shows of itself while it goes: TensorBoard scalars, a window of steps at a time."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tensorboardX import SummaryWriter
+
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.parallel.chips import chip_of
+from mask2dit_jax.training.step import NUM_BUCKETS
+
+
+class MetricsLog:
+    """Writes a window of steps at a time, one window late: reading a metric never waits for the step in flight."""
+
+    def __init__(
+        self,
+        writer: SummaryWriter | None,
+        every: int,
+        rate,
+        *,
+        samples_per_step: int = 1,
+        max_skipped: int = 10,
+        skipped_items: Mapping[str, str] | None = None,
+    ):
+        """Args:
+        writer: of the process that writes; None on the others.
+        rate: the learning rate of a step.
+        max_skipped: so many updates in a row may be skipped before `add` raises a UserError.
+        skipped_items: name of each item of the data that is left out, and why; may grow while training.
+        """
+        self._writer, self._every, self._rate = writer, every, rate
+        self._samples, self._max_skipped = samples_per_step, max_skipped
+        self._skipped_items, self._told = {} if skipped_items is None else skipped_items, set()
+        self._pending, self._ready, self._shown = [], None, {}
+        self._step, self._since = 0, time.monotonic()
+        self._waited = self._flops = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        begun = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begun
+
+    def add(self, step: int, metrics: Mapping[str, Any], flops: float = 0.0) -> dict[str, str]:
+        """Returns what a progress bar shows: the newest means that are written.
+
+        Args:
+            metrics: of `train_step`, as it gives them.
+            flops: what the step had to compute, on all chips together.
+
+        Raises:
+            UserError: too many updates in a row were skipped; up to a window late.
+        """
+        self._pending.append(metrics)
+        self._step = step
+        self._flops += flops
+        if step % self._every == 0:
+            self._write()
+            self._close_window()
+        return self._shown
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Scalars of another origin."""
+        if self._writer:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+
+    def flush(self):
+        """Writes what is left; the last window may be a short one."""
+        self._write()
+        if self._pending:
+            self._close_window()
+            self._write()
+        if self._writer:
+            self._writer.close()
+
+    def _close_window(self):
+        elapsed = time.monotonic() - self._since
+        steps_per_second = len(self._pending) / elapsed
+        speed = {
+            "steps_per_second": steps_per_second,
+            "samples_per_second": steps_per_second * self._samples,
+            "input_bound_share": self._waited / elapsed,
+            **_utilisation(self._flops / elapsed / jax.device_count()),
+        }
+        self._ready = (self._step, self._pending, speed)
+        self._pending, self._since = [], time.monotonic()
+        self._waited = self._flops = 0.0
+
+    def _write(self):
+        if self._ready is None:
+            return
+        (step, window, speed), self._ready = self._ready, None
+        host = jax.device_get(window)
+        scalars = _means(host) | {"learning_rate": float(self._rate(step)), **speed, **_memory()}
+        scalars["skipped_items"] = len(self._skipped_items)
+        self._shown = {"loss": f"{scalars['loss']:.4f}"}
+        self.write(step, scalars)
+        self._name_skipped(step)
+        in_a_row = max(int(metrics["skipped_in_a_row"]) for metrics in host)
+        if in_a_row >= self._max_skipped:
+            raise UserError(
+                f"{in_a_row} updates in a row, up to step {step}, were skipped because loss or gradient were not "
+                "finite; the parameters are those of before: lower optimizer.learning_rate, or look at the data"
+            )
+
+    def _name_skipped(self, step: int):
+        new = [name for name in self._skipped_items if name not in self._told]
+        self._told.update(new)
+        if new and self._writer:
+            lines = "\n".join(f"{name}: {self._skipped_items[name]}" for name in new)
+            self._writer.add_text("skipped_items", lines, step)
+
+
+def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of the steps of a window; a step whose update was skipped counts for no mean."""
+    total = {name: np.sum([metrics[name] for metrics in window], axis=0) for name in window[0]}
+    updated = [metrics for metrics in window if metrics["is_updated"]]
+    scalars = {
+        name: float(np.mean([metrics[name] for metrics in updated])) if updated else float("nan")
+        for name in ("loss", "grad_norm", "param_norm")
+    }
+    scalars["skipped_updates"] = float(window[-1]["skipped"])
+    if len(updated) < len(window):
+        logging.warning("%d of %d updates skipped: not finite", len(window) - len(updated), len(window))
+    for kind in ("fixed", "extension"):
+        if total[f"num_{kind}"]:
+            scalars[f"loss_{kind}"] = float(total[f"loss_{kind}_sum"] / total[f"num_{kind}"])
+    for bucket in np.flatnonzero(total["num_bucket"]):
+        share = total["loss_bucket_sum"][bucket] / total["num_bucket"][bucket]
+        scalars[f"loss_by_timestep/{bucket}_of_{NUM_BUCKETS}"] = float(share)
+    return scalars
+
+
+def _utilisation(flops_per_second: float) -> dict[str, float]:
+    """Of one chip."""
+    if not flops_per_second:
+        return {}
+    scalars = {"tflops_per_second_a_chip": flops_per_second / 1e12}
+    chip = chip_of(jax.devices()[0])
+    return scalars | ({"mfu": flops_per_second / chip.peak_flops} if chip else {})
+
+
+def _memory() -> dict[str, float]:
+    """Of the fullest device here; a CPU has no such figures."""
+    stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
+    return {
+        ours: max(s[theirs] for s in stats) / 2**30
+        for ours, theirs in names.items()
+        if stats and all(theirs in s for s in stats)
+    }

@@ -1,0 +1,137 @@
+"""Going on from a checkpoint: the newest one that is whole, on whatever mesh and number of processes there are now.
+
+What is damaged is set aside as `damaged-STEP` and named in the log, and the run goes on from the checkpoint before. All
+processes go on from the same one.
+"""
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.parallel.sharding import name_of
+from mask2dit_jax.training.checkpoint import DAMAGE, TRAIN, Manager, metadata, read_record, reason_of
+from mask2dit_jax.training.step import TrainState
+
+
+def set_aside_unreadable(manager: Manager) -> int | None:
+    """The newest step whose record and metadata can be read, None if nothing was ever saved.
+
+    Raises:
+        UserError: there are checkpoints, but none that can be read, or none of a training run.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    if jax.process_index() == 0:
+        for step in steps:
+            reason = _damage(manager.directory / str(step))
+            if reason is None:
+                break
+            _set_aside(manager.directory / str(step), reason)
+    _reload(manager)
+    if steps and manager.latest_step() is None:
+        raise _none_left(manager)
+    if steps and not (manager.directory / str(manager.latest_step()) / "train").exists():
+        raise UserError(
+            f"{manager.directory} holds parameters without a training state, so no run can resume there; "
+            f"start one in another workdir with --config.init_from={manager.directory.parent}"
+        )
+    return manager.latest_step()
+
+
+def restore(manager: Manager, abstract: TrainState) -> TrainState:
+    """The newest checkpoint that is whole, onto the shardings of `abstract` (shapes and dtypes of the state).
+
+    An average that is wanted but was not saved begins as a copy of the parameters.
+
+    Raises:
+        UserError: it is the state of another model or of other trained parameters, or no checkpoint can be read.
+    """
+    while (step := manager.latest_step()) is not None:
+        folder, state, reason = manager.directory / str(step), None, ""
+        try:
+            state = _read_state(folder, abstract)
+        except DAMAGE as error:
+            reason = reason_of(error)
+        # All processes must go on from the same one, and not each reads the same files.
+        if not np.any(multihost_utils.process_allgather(np.array(bool(reason)))):
+            return state
+        if jax.process_index() == 0:
+            _set_aside(folder, reason or "another process cannot read its part")
+        _reload(manager)
+    raise _none_left(manager)
+
+
+def _read_state(folder: epath.Path, abstract: TrainState) -> TrainState:
+    """Without Orbax's barriers, at which a process that finds damage would leave the others waiting."""
+    names = TRAIN + (("ema",) if abstract.ema is not None and (folder / "ema").exists() else ())
+    wanted = {
+        "params": abstract.params,
+        "train": {name: getattr(abstract, name) for name in TRAIN},
+    } | ({"ema": abstract.ema} if "ema" in names else {})
+    read = {}
+    for item, target in wanted.items():
+        _check_shapes(folder, item, target)
+        handler = ocp.StandardCheckpointHandler()
+        read[item] = handler.restore(folder / item, args=ocp.args.StandardRestore(target))
+    ema = read.get("ema")
+    if abstract.ema is not None and ema is None:
+        logging.info("%s has no moving average: it begins as a copy of the parameters", folder)
+        ema = _ema_of(read["params"], abstract.ema)
+    return TrainState(params=read["params"], ema=ema, **read["train"])
+
+
+def _ema_of(params: nnx.State, abstract: nnx.State) -> nnx.State:
+    leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def copy(path, target):
+        same = jax.jit(lambda x: x.astype(target.dtype) + 0, out_shardings=target.sharding)
+        return same(leaves[name_of(path)])
+
+    return jax.tree_util.tree_map_with_path(copy, abstract)
+
+
+def _check_shapes(folder: epath.Path, item: str, target) -> None:
+    stored = sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(metadata(folder / item)))
+    if stored != sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(target)):
+        what = {"params": "of a model of other sizes", "train": "of an optimiser of other parameters"}
+        raise UserError(
+            f"{item} of {folder} is {what.get(item, 'an average of other parameters')}: keep model, trainable and lora "
+            f"as they were, or start another workdir with --config.init_from={folder.parent.parent}"
+        )
+
+
+def _damage(folder: epath.Path) -> str | None:
+    """What shows without reading the arrays: a reason, or None."""
+    try:  # ported weights are parameters alone, and their record has no run's config
+        items = ("params", "train") if "config" in read_record(folder) else ("params",)
+        for item in items:
+            metadata(folder / item)
+    except (UserError, *DAMAGE) as error:
+        return reason_of(error)
+    return None
+
+
+def _set_aside(folder: epath.Path, reason: str) -> None:
+    aside = folder.parent / f"damaged-{folder.name}"
+    if aside.exists():
+        aside.rmtree()
+    folder.rename(aside)
+    logging.warning(
+        "checkpoint %s is damaged (%s): it is set aside as %s, and the one before is used", folder, reason, aside.name
+    )
+
+
+def _reload(manager: Manager) -> None:
+    multihost_utils.sync_global_devices("checkpoints set aside")
+    manager.reload()
+
+
+def _none_left(manager: Manager) -> UserError:
+    return UserError(
+        f"no checkpoint in {manager.directory} can be read, and all are set aside as damaged-STEP; start once more to "
+        "begin this run anew"
+    )

@@ -1,0 +1,147 @@
+"""Whatever ends a run, at whatever moment, the run that is started again ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.mains.killing import Job, kill_again_and_again, steps
+from tests.mains.process import ROOT
+from tests.mains.test_train import assert_same, read, scalars
+
+STEPS = 8
+
+
+def flags(commands, dataset, workdir, **fields):
+    fields = {"num_steps": STEPS, "checkpoint_every": 1, "ema_decay": 0.9, **fields}
+    return commands.train_flags("pretrain", workdir, dataset.csv, **fields)
+
+
+def run(commands, dataset, folder, count, **fields):
+    """The workdir of a run that nothing disturbs."""
+    for finished in Job(folder / "printed", count, flags(commands, dataset, folder / "run", **fields)).finish():
+        assert finished.code == 0, finished.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("count", "kills"), [(1, 3), (2, 2)])
+def test_kill_9(count, kills, commands, dataset, pretrain_workdir, tmp_path):
+    """`python -m tests.mains.killing` does it 20 times."""
+    reference, killed = run(commands, dataset, tmp_path / "reference", count), tmp_path / "killed"
+
+    def start():
+        return Job(tmp_path / "printed", count, flags(commands, dataset, killed))
+
+    met = kill_again_and_again(start, killed, kills, random.Random(0))
+    assert not [line for line in met if line.startswith("ended")], met
+    assert_same(read(killed, STEPS), read(reference, STEPS))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm(count, commands, dataset, pretrain_workdir, tmp_path):
+    """One process is told; all of them save the same step, and the job counts as not done."""
+    workdir = tmp_path / "run"
+    unending = flags(commands, dataset, workdir, num_steps=10_000, checkpoint_every=10_000)
+    job = Job(tmp_path / "printed", count, unending)
+    job.wait_until(lambda: any(workdir.glob("events*")) and scalars(workdir).get("loss"))
+    job.kill(signal.SIGTERM, only=count - 1)
+    printed = job.finish()
+    (last,) = steps(workdir)
+    for finished in printed:
+        assert finished.code == 143, finished.stderr
+        assert f"SIGTERM: saving step {last}, then stopping" in finished.stderr
+    reference = run(commands, dataset, tmp_path / "reference", count, num_steps=last, checkpoint_every=10_000)
+    assert_same(read(workdir, last), read(reference, last))
+
+
+def cut(folder):
+    for file in (folder / "params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def without_record(folder):
+    (folder / "record" / "metadata").unlink()
+
+
+def test_damaged_checkpoints(commands, dataset, pretrain_workdir, tmp_path):
+    """The newest two are damaged, each in its way; the third is used, and the steps of the others are saved again."""
+    reference = run(commands, dataset, tmp_path / "reference", 1)
+    workdir = run(commands, dataset, tmp_path / "damaged", 1, keep_checkpoints=3)
+    folder = workdir / "checkpoints"
+    cut(folder / str(STEPS - 1))
+    without_record(folder / str(STEPS))
+    log = commands.succeed("train", *flags(commands, dataset, workdir, keep_checkpoints=3)).stderr
+    for step, reason in ((STEPS, "no JSON"), (STEPS - 1, "")):
+        line = next(line for line in log.splitlines() if f"checkpoint {folder / str(step)} is damaged" in line)
+        assert reason in line
+        assert f"set aside as damaged-{step}, and the one before is used" in line
+    assert steps(workdir) == [STEPS - 2, STEPS - 1, STEPS]
+    assert_same(read(workdir, STEPS), read(reference, STEPS))
+    assert {path.name for path in folder.glob("damaged-*")} == {f"damaged-{STEPS}", f"damaged-{STEPS - 1}"}
+
+
+def test_no_checkpoint_is_whole(commands, dataset, pretrain_workdir, tmp_path):
+    """A run that has been somewhere never starts over in silence."""
+    workdir = run(commands, dataset, tmp_path, 1, num_steps=1)
+    cut(workdir / "checkpoints" / "1")
+    line = commands.fail("train", *flags(commands, dataset, workdir))
+    assert "no checkpoint in" in line
+    assert "start once more to begin this run anew" in line
+
+
+def test_full_disk(commands, dataset, pretrain_workdir, tmp_path):
+    """A disk of its own with room for the first checkpoint and not for a second.
+
+    Where a mount namespace is refused, a limit on the size of a file stands for it.
+    """
+    disk, printed = tmp_path / "disk", tmp_path / "printed"
+    disk.mkdir()
+    first, then = (
+        " ".join(
+            f"'{flag}'"
+            for flag in commands.train_flags("pretrain", disk / "run", dataset.csv, num_steps=n, checkpoint_every=1)
+        )
+        for n in (1, 3)
+    )
+    train = f"{sys.executable} -m mask2dit_jax.train"
+    script = f"""
+        limit=true
+        mount -t tmpfs -o size=3m tmpfs {disk} 2> /dev/null || limit="ulimit -f 150"
+        {train} {first} 2> {printed}.first || exit 78
+        if [ "$limit" = true ]; then
+            head -c $(($(df --output=avail -B1 {disk} | tail -1) - 300000)) /dev/zero > {disk}/full
+        fi
+        ($limit && {train} {then} 2> {printed}); code=$?
+        rm -f {disk}/full
+        {train} {then} 2> {printed}.again || exit 79
+        exit $code
+    """
+    command = ["bash", "-c", script]
+    if subprocess.run(["unshare", "--mount", "--map-root-user", "true"], check=False).returncode == 0:
+        command = ["unshare", "--mount", "--map-root-user", *command]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(commands.shared / "compiled")}
+    assert subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 1
+    *before, line = printed.read_text().splitlines()
+    assert line.startswith("error: a checkpoint could not be written to"), line
+    assert "step 1 is the newest one that was: make room there" in line
+    assert not [other for other in before if "Traceback" in other]
+    assert "start: resuming step 1" in (tmp_path / "printed.again").read_text()
+
+
+def test_another_mesh(commands, dataset, pretrain_workdir, tmp_path):
+    """1 x 4 -> 2 x 2 -> one device; then two processes: the losses go on to rounding."""
+    reference = scalars(run(commands, dataset, tmp_path / "reference", 1, num_steps=4))["loss"]
+    workdir, environment = tmp_path / "run", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    for last, mesh in enumerate([{"fsdp": 1, "context": 4}, {"fsdp": 2, "context": 2}], start=1):
+        sizes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+        finished = commands("train", *flags(commands, dataset, workdir, num_steps=last, **sizes), **environment)
+        assert finished.code == 0, finished.stderr
+    commands.succeed("train", *flags(commands, dataset, workdir, num_steps=3))
+    for finished in Job(tmp_path / "printed", 2, flags(commands, dataset, workdir, num_steps=4)).finish():
+        assert finished.code == 0, finished.stderr
+    found = scalars(workdir)["loss"]
+    np.testing.assert_allclose([found[n] for n in range(1, 5)], [reference[n] for n in range(1, 5)], rtol=1e-5)
