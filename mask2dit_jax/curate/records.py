@@ -215,7 +215,8 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
         self._report_path(number).unlink(missing_ok=True)  # it speaks of the file that is replaced now
         with atomic_output(path) as partial:
             num_records = self._write_records(partial, shard(progress))
-        report = {"bytes": path.stat().length, "records": num_records, "clips": shard.outcomes}
+            num_bytes = partial.stat().st_size  # what is to arrive, wherever it is uploaded to
+        report = {"bytes": num_bytes, "records": num_records, "clips": shard.outcomes}
         with atomic_output(self._report_path(number)) as partial:
             partial.write_text(json.dumps(report))
 

@@ -9,10 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
+import fsspec.implementations.local
 import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from etils import epath
 
 from mask2dit_jax.curate import records as building
@@ -354,3 +357,54 @@ def test_a_shard_without_a_usable_clip_is_empty(complete):
     store = SceneRecords(complete)
     assert [shard.num_records for shard in store.index.shards] == [2, 2, 2, 2, 0, 2, 2]
     assert all(np.isfinite(store.read(clip, 1)["mean"]).all() for clip in store.clips)
+
+
+class Bucket(fsspec.implementations.local.LocalFileSystem):
+    """gs:// as a folder: what goes through epath is as with a bucket, a rename is an error as it would be a copy."""
+
+    protocol = ("gcs", "gs")
+    root = ""
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("gs://", f"{cls.root}/"))
+
+    def rename(self, *_, **__):
+        raise AssertionError("a bucket cannot rename")
+
+    mv = rename
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    monkeypatch.setattr(Bucket, "root", str(tmp_path))
+    (tmp_path / "bucket").mkdir()
+    systems = {"gcs": Bucket(auto_mkdir=True), "file": fsspec.implementations.local.LocalFileSystem()}
+    monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: systems[name])
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    # ArrayRecord opens gs:// itself, in C++.
+    reader = array_record_module.ArrayRecordReader
+    monkeypatch.setattr(
+        array_record_module,
+        "ArrayRecordReader",
+        lambda path, *rest, **options: reader(path.replace("gs://", f"{tmp_path}/"), *rest, **options),
+    )
+    yield "gs://bucket/latents"
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_in_a_bucket(bucket, complete, scan, tmp_path):
+    made = builder(bucket, scan)
+    assert made.download_and_prepare(process_index=1, process_count=2) == 3
+    assert builder(bucket, scan).download_and_prepare() == 4
+    builder(bucket, scan).finish()
+    assert contents(tmp_path / "bucket" / "latents") == contents(complete)
+    assert records.is_data_set(bucket)
+    store, local = SceneRecords(bucket), SceneRecords(complete)
+    for clip in store.clips:
+        np.testing.assert_array_equal(store.read(clip, 1)["mean"], local.read(clip, 1)["mean"])
+    with pytest.raises(UserError, match="gs://bucket/latents was made with variants 2, not 3"):
+        builder(bucket, scan, dataclasses.replace(SETTINGS, variants=3))
+    (tmp_path / "bucket" / "latents" / shard(0)).unlink()
+    with pytest.raises(UserError, match=f"gs://bucket/latents: {shard(0)} missing"):
+        SceneRecords(bucket)
