@@ -58,13 +58,13 @@ class SamplingMemory:
 
     def lines(self, num_devices: int) -> list[str]:
         """In words, a device; parameters and tokens are spread over the devices."""
-        share = 1 / num_devices
-        denoising = (self.transformer + self.vae + self.activations) * share
+        text_encoder, transformer, vae, activations = (
+            value / num_devices for value in (self.text_encoder, self.transformer, self.vae, self.activations)
+        )
         return [
-            f"memory a device ({num_devices}), at least: {_size(self.text_encoder * share)} for the text encoder, "
-            f"freed before {_size(denoising)} for transformer {_size(self.transformer * share)}, VAE "
-            f"{_size(self.vae * share)} and activations {_size(self.activations * share)}; not counted: attention's "
-            "and the VAE's workspace",
+            f"memory a device ({num_devices}), at least: {_size(text_encoder)} for the text encoder, then freed;",
+            f"  {_size(transformer + vae + activations)} for transformer {_size(transformer)}, VAE {_size(vae)} and "
+            f"activations {_size(activations)}; not counted: workspace of attention and VAE",
             f"latents on disk: {_size(self.latents_on_disk)}",
         ]
 

@@ -18,7 +18,7 @@ from mask2dit_jax.story.story import Scene, is_picture
 _MUCH = 0.4  # of a picture that is cut away without a warning
 
 
-def check_given(scene: Scene, num_frames: int, fps: float, size: tuple[int, int]) -> None:
+def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]) -> None:
     """Warns if the scene loses much of its picture.
 
     Raises:
@@ -37,7 +37,9 @@ def check_given(scene: Scene, num_frames: int, fps: float, size: tuple[int, int]
     return _warn_of_loss(path, (info.height, info.width), size)
 
 
-def read_given(scene: Scene, num_frames: int, fps: float, size: tuple[int, int]) -> Float32[np.ndarray, "f _h _w 3"]:
+def read_given(
+    scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]
+) -> Float32[np.ndarray, "f _h _w 3"]:
     """The first frames of a given clip at the story's rate, or its picture as often, as the VAE takes them.
 
     Raises:
@@ -50,7 +52,7 @@ def read_given(scene: Scene, num_frames: int, fps: float, size: tuple[int, int])
     return fit_frames(read_frames(path, range(0, (num_frames - 1) * stride + 1, stride)), size)
 
 
-def _stride(info: VideoInfo, fps: float) -> int:
+def _stride(info: VideoInfo, fps: int | float) -> int:
     """A frame is taken every so many."""
     return max(1, round(info.fps / fps))
 

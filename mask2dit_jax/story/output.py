@@ -100,7 +100,7 @@ class StoryFolder:
     def _label(self, number: int) -> str:
         """On a storyboard the first window needs none."""
         origin = self.plan.origin(number)
-        return "" if origin.startswith(("with", "alone")) else origin
+        return "" if origin.startswith(("together", "alone")) else origin
 
     def _write_page(self, statistics: list[Mapping[str, float]], changes: list[Mapping[str, float]]) -> None:
         story = self.plan.story

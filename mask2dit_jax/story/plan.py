@@ -9,7 +9,7 @@ from mask2dit_jax.story.story import Story, is_picture
 from mask2dit_jax.story.windows import Window, plan_windows
 
 
-def num_frames(seconds: float, fps: float, per_latent: int) -> int:
+def num_frames(seconds: int | float, fps: int | float, per_latent: int) -> int:
     """Pixel frames of a scene: the number of the form `per_latent` k + 1 (CogVideoX: 4k + 1) nearest to `seconds`."""
     return max(0, round((seconds * fps - 1) / per_latent)) * per_latent + 1
 
@@ -26,7 +26,7 @@ class StoryPlan:
     """
 
     story: Story
-    fps: float
+    fps: int | float
     windows: tuple[Window, ...]
     frames: tuple[int, ...]
     latent_frames: tuple[int, ...]
@@ -41,7 +41,7 @@ class StoryPlan:
         *,
         window: int,
         anchor: bool,
-        fps: float,
+        fps: int | float,
         default_frames: int,
         per_latent: int,
         count: Callable[[Sequence[str]], Sequence[Cut]],
@@ -84,9 +84,9 @@ class StoryPlan:
             return f"given: {scene.given}"
         window = next(window for window in self.windows if number in window.new)
         if not window.known:
-            return f"with {_scenes(window.new)}" if len(window.new) > 1 else "alone"
+            return f"together: {_scenes(window.new)}" if len(window.new) > 1 else "alone"
         if len(window.new) > 1:
-            return f"with {_scenes(window.new)}, from {_scenes(window.known)}"
+            return f"together: {_scenes(window.new)}, from {_scenes(window.known)}"
         return f"extended from {_scenes(window.known)}"
 
     def table(self, height: int, width: int, num_steps: int, memory: Sequence[str] = ()) -> str:

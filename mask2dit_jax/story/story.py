@@ -24,7 +24,7 @@ class Scene:
 
     prompt: str
     negative: str = ""
-    seconds: float | None = None
+    seconds: int | float | None = None
     given: str = ""
     where: str = ""
 

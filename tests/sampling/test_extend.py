@@ -11,7 +11,9 @@ from flax import nnx
 
 from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from mask2dit_jax.errors import UserError
 from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.ops import positions
 from mask2dit_jax.sampling.extend import generate_story
 from mask2dit_jax.sampling.generate import SamplingConfig, WindowSampler
 from mask2dit_jax.story.windows import plan_windows
@@ -35,7 +37,7 @@ class RecordingSampler(WindowSampler):
 
     def __init__(self, **settings):
         super().__init__(
-            *random_model(**settings.pop("model", {})),
+            *random_model(**{name: settings.pop(name) for name in ("attention", "mask") if name in settings}),
             NoiseSchedule(ScheduleConfig.cogvideox_5b()),
             SamplingConfig(SamplerConfig(settings.pop("kind", "ddim"), 3), **settings),
         )
@@ -45,6 +47,18 @@ class RecordingSampler(WindowSampler):
         result = super().__call__(latents, *args, **kwargs)
         self.windows.append((latents, args[2], result))
         return result
+
+
+@functools.cache
+def _compiled(**settings):
+    return RecordingSampler(**settings)
+
+
+def recording(**settings) -> RecordingSampler:
+    """A sampler that has seen nothing; its programs are those of the tests before."""
+    sampler = _compiled(**settings)
+    sampler.windows = []
+    return sampler
 
 
 def story(sampler, num_scenes=5, seed=0, given=(), frames=(), anchor=False, latents=None):
@@ -62,7 +76,7 @@ def story(sampler, num_scenes=5, seed=0, given=(), frames=(), anchor=False, late
 
 
 def test_scenes_are_carried_bit_for_bit():
-    sampler = RecordingSampler(condition="clean")
+    sampler = recording(condition="clean")
     scenes = story(sampler)
     assert sorted(scenes) == [0, 1, 2, 3, 4]
     for number, (seen, is_known, result) in enumerate(sampler.windows[1:], start=1):
@@ -73,7 +87,7 @@ def test_scenes_are_carried_bit_for_bit():
 
 
 def test_noised_condition_is_what_the_model_sees_and_clean_latents_are_what_is_carried():
-    sampler = RecordingSampler(condition="noised")
+    sampler = recording(condition="noised")
     scenes = story(sampler)
     for number, (seen, _, result) in enumerate(sampler.windows[1:], start=1):
         context = jnp.concatenate([scenes[number], scenes[number + 1]])
@@ -93,7 +107,7 @@ def test_one_program_serves_all_windows_and_seeds(kind):
 
 @pytest.mark.parametrize("kind", ["ddim", "dpm"])
 def test_seeds(kind):
-    first, again, other = (story(RecordingSampler(kind=kind), seed=seed) for seed in (0, 0, 1))
+    first, again, other = (story(recording(kind=kind), seed=seed) for seed in (0, 0, 1))
     for scene in first:
         np.testing.assert_array_equal(first[scene], again[scene])
         assert np.abs(first[scene] - other[scene]).max() > 0.1
@@ -101,7 +115,7 @@ def test_seeds(kind):
 
 def test_given_scenes_are_the_context_and_are_not_generated():
     given = [jax.random.normal(jax.random.key(seed), SHAPE) for seed in (5, 6)]
-    sampler = RecordingSampler(condition="clean")
+    sampler = recording(condition="clean")
     scenes = story(sampler, num_scenes=3, given=given)
     assert list(scenes) == [2]
     np.testing.assert_array_equal(sampler.windows[0][0][0, :4], jnp.concatenate(given))
@@ -109,8 +123,8 @@ def test_given_scenes_are_the_context_and_are_not_generated():
 
 def test_guidance_of_one_needs_no_unconditional_pass():
     """A static scale of 1 is the conditional prediction: half the work for the same latents."""
-    plain = story(RecordingSampler(guidance_scale=1.0), num_scenes=3)
-    almost = story(RecordingSampler(guidance_scale=1.0000001), num_scenes=3)
+    plain = story(recording(guidance_scale=1.0), num_scenes=3)
+    almost = story(recording(guidance_scale=1.0000001), num_scenes=3)
     for scene in plain:
         np.testing.assert_allclose(plain[scene], almost[scene], atol=1e-4)
 
@@ -118,7 +132,7 @@ def test_guidance_of_one_needs_no_unconditional_pass():
 def test_equal_scenes_are_what_they_were_before_scenes_could_differ():
     """The numbers of a story: keys, noise and texts of every window, written out."""
     text = jax.random.normal(jax.random.key(1), (6, 5, 8))
-    sampler, latents = RecordingSampler(guidance_scale=3.0), []
+    sampler, latents = recording(guidance_scale=3.0), []
     for start, stop, num_known in ((0, 3, 0), (1, 4, 2), (2, 5, 2)):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), start + num_known), 3)
         noise = jax.random.normal(keys[0], ((3 - num_known) * 2, *SHAPE[1:]))[None]
@@ -130,34 +144,34 @@ def test_equal_scenes_are_what_they_were_before_scenes_could_differ():
             np.arange(3) < num_known, layout=CONFIG.layout((2, 2, 2), 4, 6), key=keys[2],
         )  # fmt: skip
         latents += [result[0, 2 * scene : 2 * scene + 2] for scene in range(num_known, 3)]
-    scenes = story(RecordingSampler(guidance_scale=3.0))
+    scenes = story(recording(guidance_scale=3.0))
     for scene, expected in enumerate(latents):
         np.testing.assert_array_equal(scenes[scene], expected)
 
 
 @pytest.mark.parametrize("attention", ["grouped", "splash"])
 def test_scenes_of_unequal_length_against_the_oracle(attention):
-    """Whole stories through each attention and through the dense one, in which every pair of tokens has its bias."""
-    frames = [1, 3, 2, 4, 1]
-    ours = story(RecordingSampler(model={"attention": attention}), frames=frames)
-    oracle = story(RecordingSampler(model={"attention": "dense"}), frames=frames)
-    assert [len(ours[scene]) for scene in range(5)] == frames
-    for scene in ours:
-        np.testing.assert_allclose(ours[scene], oracle[scene], atol=1e-5)
+    """Through each attention and through the dense one, in which every pair of tokens has its bias."""
+    frames = [1, 3, 2]
+    ours = story(recording(attention=attention), num_scenes=3, frames=frames)
+    assert [len(ours[scene]) for scene in range(3)] == frames
+    for scene, expected in unequal_scenes_by_the_oracle().items():
+        np.testing.assert_allclose(ours[scene], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("rope", [True, False])
-def test_positions_of_unequal_scenes_run_on(rope):
-    """Two windows of the same frames in all, cut into scenes another way, have the same positions; so under a mask
-    that knows no scenes, with one text for all, they are the same video."""
-    sampler = RecordingSampler(model={"rope": rope, "mask": "v5"})
-    noise = jax.random.normal(jax.random.key(3), (1, 6, *SHAPE[1:]))
-    text = jnp.broadcast_to(jax.random.normal(jax.random.key(4), (5, 8)), (1, 3, 5, 8))
-    made = [
-        sampler(noise, text, text, np.zeros(3, bool), layout=CONFIG.layout(frames, 4, 6), key=jax.random.key(0))
-        for frames in ((2, 2, 2), (1, 2, 3))
-    ]
-    np.testing.assert_allclose(made[0], made[1], atol=1e-5)
+@functools.cache
+def unequal_scenes_by_the_oracle():
+    return story(recording(attention="dense"), num_scenes=3, frames=[1, 3, 2])
+
+
+def test_positions_of_unequal_scenes_run_on():
+    """The positions of a window do not depend on where its scenes are cut."""
+    equal, unequal = (CONFIG.layout(frames, 4, 6) for frames in ((2, 2, 2), (1, 2, 3)))
+    np.testing.assert_array_equal(*(positions.rope_angles(layout, (2, 3), 16) for layout in (equal, unequal)))
+    tables = (positions.sincos_table(layout, (3, 2, 3), 32, 1.0, 1.0) for layout in (equal, unequal))
+    np.testing.assert_array_equal(*tables)
+    with pytest.raises(UserError, match="longer than the 3 a scene"):
+        positions.check_table(CONFIG.layout((4, 4, 2), 4, 6), 3)
 
 
 @pytest.mark.parametrize("frames", [(2,) * 12, (1, 2) * 6])
@@ -176,7 +190,7 @@ def test_a_long_story(frames):
 
 
 def test_an_anchor_keeps_the_first_scene_in_every_window():
-    sampler = RecordingSampler(condition="clean")
+    sampler = recording(condition="clean")
     scenes = story(sampler, num_scenes=6, anchor=True)
     for number, (seen, _, _) in enumerate(sampler.windows[1:], start=1):
         np.testing.assert_array_equal(seen[0, :4], np.concatenate([scenes[0], scenes[number + 1]]))
@@ -185,7 +199,7 @@ def test_an_anchor_keeps_the_first_scene_in_every_window():
 def test_one_given_scene_of_a_window_of_three():
     """The rest of the window is generated together around it."""
     given = [jax.random.normal(jax.random.key(5), SHAPE)]
-    sampler = RecordingSampler(condition="clean")
+    sampler = recording(condition="clean")
     scenes = story(sampler, num_scenes=4, given=given)
     assert list(scenes) == [1, 2, 3]
     seen, is_known, _ = sampler.windows[0]
@@ -194,9 +208,9 @@ def test_one_given_scene_of_a_window_of_three():
 
 
 def test_a_story_goes_on_where_it_stopped():
-    whole, latents = story(RecordingSampler()), {}
-    story(RecordingSampler(), num_scenes=3, latents=latents)
-    sampler = RecordingSampler()
+    whole, latents = story(recording()), {}
+    story(recording(), num_scenes=3, latents=latents)
+    sampler = recording()
     resumed = story(sampler, latents=latents)
     assert len(sampler.windows) == 2
     for scene in whole:
@@ -209,7 +223,7 @@ def test_every_scene_has_its_own_negative_prompt():
     made = []
     for change in (0, 1):
         negative[0] += change
-        sampler, latents = RecordingSampler(guidance_scale=3.0, model={"mask": "v1"}), {}
+        sampler, latents = recording(guidance_scale=3.0, mask="v1"), {}
         list(generate_story(
             sampler, text, negative, windows=plan_windows(3, 3), frames=[2] * 3, latent_shape=SHAPE[1:],
             scene_layout=lambda frames: CONFIG.layout(tuple(frames), 4, 6), key=jax.random.key(0), latents=latents,
