@@ -56,13 +56,14 @@ def main(argv):
     config, stories = _repeated(_REPEAT.value) if _REPEAT.value else _asked(_CONFIG.value)
     logging.info("config:\n%s", config)
     models = SamplingModels(config)
+    _warn_of_other_weights(_REPEAT.value, models)
     folders = [
         _folder(config, models, plan, seed, epath.Path(_OUTPUT.value) / name)
         for plan in [_plan(config, models, story) for story in stories]
         for seed, name in _seeds(config, plan.story, len(stories))
     ]
-    for text in dict.fromkeys(folder.text for folder in folders):
-        print(text, flush=True)
+    if jax.process_index() == 0:
+        print(*dict.fromkeys(folder.text for folder in folders), sep="\n\n", flush=True)
     if _PLAN.value:
         return
     folders = folders[jax.process_index() :: jax.process_count()]
@@ -153,6 +154,12 @@ def _repeated(path: str) -> tuple[ConfigDict, list[Story]]:
         raise UserError(f"{path}: this run.json lacks {error}; give one that sample wrote") from error
 
 
+def _warn_of_other_weights(path: str | None, models: SamplingModels) -> None:
+    for name, fingerprint in (read_json(epath.Path(path)).get("weights", {}) if path else {}).items():
+        if models.weights.get(name) != fingerprint:
+            logging.warning("%s was made with other weights (%s): the story will be another one", path, name)
+
+
 def _strings(config: ConfigDict, name: str) -> tuple[str, ...]:
     """A field that holds texts; what looks like a number on the command line comes as one."""
     for value in config[name]:
@@ -195,7 +202,7 @@ def _folder(config: ConfigDict, models: SamplingModels, plan: StoryPlan, seed: i
         "seed": seed,
         "weights": models.weights,
         **{name: config[name] for name in ("height", "width", "mask", "compute_dtype", "condition", "guidance")},
-        **{name: config[name] for name in ("guidance_scale", "fps")},
+        "guidance_scale": config.guidance_scale,
         "sampler": config.sampler.to_dict(),
     }
     scenes = SceneStore(folder / "latents", fingerprints(plan, settings))

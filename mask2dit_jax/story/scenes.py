@@ -104,7 +104,7 @@ def fingerprints(plan: StoryPlan, settings: Mapping[str, object]) -> list[str]:
     made: dict[int, str] = {}
     story, frames = plan.story, plan.frames
     for number, scene in enumerate(story.scenes[: story.num_given]):
-        made[number] = _hash(settings, number, frames[number], _file_hash(scene.given))
+        made[number] = _hash(settings, number, frames[number], plan.fps, _file_hash(scene.given))
     for window in plan.windows:
         scenes = [story.scenes[number] for number in window.scenes]
         texts = [(scene.prompt, scene.negative if plan.guided else "") for scene in scenes]

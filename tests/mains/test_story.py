@@ -12,6 +12,7 @@ from mask2dit_jax.data.video import probe
 from mask2dit_jax.data.video_writer import write_video
 from tests.mains.conftest import FPS, HEIGHT, SMALL, WIDTH, moving_square, settings
 from tests.mains.test_bad_data import replace_by_pdf
+from tests.mains.test_processes import train_together
 from tests.mains.test_sample import frames
 
 STORY = """\
@@ -143,6 +144,21 @@ def test_stories_and_seeds(commands, story, pretrain_workdir, tmp_path):
     before = written(tmp_path / "out" / "seed_3")
     commands.succeed("sample", *batch)
     assert written(tmp_path / "out" / "seed_3") == before
+
+
+def test_processes_share_the_stories_out(commands, pretrain_workdir, tmp_path):
+    names = ("first", "second", "third")
+    files = [tmp_path / f"{name}.yaml" for name in names]
+    for file in files:
+        file.write_text("scenes: [one, two, three]")
+    out = tmp_path / "out"
+    told = flags(pretrain_workdir, out, f"--story={','.join(map(str, files))}")
+    finished = train_together(commands, 2, tmp_path / "processes", told, main="sample")
+    assert [process.code for process in finished] == [0, 0], finished
+    results = [[line for line in process.stdout.splitlines() if line.endswith("story.mp4")] for process in finished]
+    assert results == [[f"{out}/first/story.mp4", f"{out}/third/story.mp4"], [f"{out}/second/story.mp4"]]
+    first, second = latents(out / "first"), latents(out / "second")
+    jax.tree.map(np.testing.assert_array_equal, first, second)  # the same words and seed
 
 
 def test_a_plan_writes_nothing(commands, pretrain_workdir, tmp_path):
