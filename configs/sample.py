@@ -1,9 +1,15 @@
-"""Sampling: the first `num_scenes` prompts together, then one scene at a time with the last n-1 as context.
+"""Sampling: the first `num_scenes` scenes together, then one at a time with the last n-1 as context.
 
     python -m mask2dit_jax.sample --config=configs/sample.py:5b --output=OUT --config.pretrained=CogVideoX-5b \\
-        --config.checkpoint=SFT_WORKDIR --config.prompts="('first scene', 'second scene', 'third scene')"
+        --config.checkpoint=SFT_WORKDIR --story=story.yaml
+    python -m mask2dit_jax.sample --config=configs/sample.py:5b --output=OUT --config.pretrained=Mask2DiT \\
+        --config.prompts="('first scene', 'second scene', 'third scene')"
 
-Extending clips: `--config.given="('a.mp4', 'b.mp4')"`, with a prompt for each given clip before those of new scenes.
+`--plan` says what would be done and stops. Several stories and seeds: `--story=a.yaml,b.yaml --config.seeds="(0, 1)"`.
+The same again: `--repeat=OUT/run.json --output=OTHER`.
+
+Extending clips: `given:` in the story file, or `--config.given="('a.mp4', 'b.png')"`, with a prompt for each given clip
+or picture before those of new scenes.
 The paper: 50 steps, guidance 6, 8 frames a second. `:tiny` samples the demo's story from `make demo`'s checkpoint.
 """
 
@@ -20,7 +26,10 @@ def get_config(preset: str = ""):
             "weights": "auto",  # of the checkpoint: "ema", "params", or "auto", the moving average where there is one
             "prompts": common.TINY_STORY if tiny else (),
             "negative_prompt": common.NEGATIVE_PROMPT,
-            "given": (),  # clips that are the story's first scenes
+            "given": (),  # clips or pictures that are the story's first scenes
+            "seeds": (),  # several: a result for each; none: that of `seed`
+            "anchor": False,  # keeps scene 1 in every window: less drift, one scene less of what came last
+            "max_scenes": 100,  # more are taken for a slip
             "fps": 8,
             "sampler": {"kind": "ddim", "num_steps": 50, "previous_timestep": "official"},
             "guidance": "static",

@@ -31,11 +31,12 @@ def main(argv):
     story = epath.Path(_STORY.value)
     run = read_json(story / "run.json")
     clips = read_pretrain_csv(_SHOTS.value)
-    size, fps = (run["height"], run["width"]), run["fps"]
+    config, prompts = run["config"], [scene["prompt"] for scene in run["story"]["scenes"]]
+    size, fps = (config["height"], config["width"]), config["fps"]
     shots = {clip.name: _all_frames(clip.path, size) for clip in tqdm(clips, desc="reading shots", unit="shot")}
     stride = max(1, round(clips[0].fps / fps))
     rows = []
-    for number, prompt in enumerate(tqdm(run["prompts"], desc="measuring scenes", unit="scene"), start=1):
+    for number, prompt in enumerate(tqdm(prompts, desc="measuring scenes", unit="scene"), start=1):
         scene = _all_frames(story / f"scene_{number:02d}.mp4", size)
         rows.append(_measure(number, prompt, distances(scene, shots, stride), clips))
     correct = sum(row["correct"] for row in rows)

@@ -1,103 +1,166 @@
-"""Samples a story: fixed scenes, then auto-regressive extension to as many scenes as there are prompts.
+"""Samples stories: fixed scenes, then auto-regressive extension to as many scenes as there are prompts.
 
     python -m mask2dit_jax.sample --config=configs/sample.py:tiny --output=OUT
+    python -m mask2dit_jax.sample --config=configs/sample.py:5b --story=story.yaml --output=OUT
+    python -m mask2dit_jax.sample --config=configs/sample.py:5b --story=story.yaml --output=OUT --plan
 
-writes OUT/story.mp4, OUT/scene_01.mp4 ..., OUT/storyboard.png and OUT/run.json.
+writes OUT/index.html, OUT/story.mp4, OUT/scene_01.mp4 ..., OUT/storyboard.png, OUT/run.json and OUT/latents/. The plan
+comes first, before any weights are loaded; --plan stops there.
+
+Several stories (--story=a.yaml,b.yaml) or seeds (--config.seeds="(0, 1, 2)") go into folders of their own under OUT. A
+run started again goes on where it stopped, scene by scene; what is done is not done again. Several processes share the
+stories out among themselves, each on the mesh of its own devices.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from mask2dit_jax import setup_run
-from mask2dit_jax.data.output_file import atomic_output
-from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
-from mask2dit_jax.data.transforms import fit_frames
-from mask2dit_jax.data.video import probe, read_frames
-from mask2dit_jax.data.video_writer import write_video
-from mask2dit_jax.diffusion.schedule import NoiseSchedule
-from mask2dit_jax.encoders import TextEncoder, VideoCodec
 from mask2dit_jax.errors import UserError, run_main
-from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.parallel import sharding
-from mask2dit_jax.parallel.mesh import check_tokens, make_mesh
-from mask2dit_jax.parallel.module import abstract_module
-from mask2dit_jax.port import pretrained as port
-from mask2dit_jax.sampling.extend import Window, generate_story, plan_windows
-from mask2dit_jax.sampling.generate import WindowSampler
-from mask2dit_jax.transformer import TransformerSource
+from mask2dit_jax.parallel import distributed
+from mask2dit_jax.port.pretrained import read_json
+from mask2dit_jax.sampling.extend import generate_story
+from mask2dit_jax.sampling_models import SamplingModels, wait_for_others
+from mask2dit_jax.story.file import read_story
+from mask2dit_jax.story.given import check_given, read_given
+from mask2dit_jax.story.output import StoryFolder
+from mask2dit_jax.story.plan import StoryPlan
+from mask2dit_jax.story.scenes import SceneStore, fingerprints
+from mask2dit_jax.story.story import Story
+from mask2dit_jax.story.windows import Window
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sample.py:tiny.", lock_config=True)
+_STORY = flags.DEFINE_list("story", [], "Story files, instead of --config.prompts; see mask2dit_jax/story/file.py.")
+_REPEAT = flags.DEFINE_string("repeat", None, "A run.json: its config and story again, instead of --config.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the results.")
-flags.mark_flags_as_required(["config", "output"])
+_PLAN = flags.DEFINE_bool("plan", False, "Say what would be done, and stop.")
+flags.mark_flag_as_required("output")
+flags.register_multi_flags_validator(
+    ["config", "repeat"],
+    lambda values: values["config"] is not None or values["repeat"] is not None,
+    "Flag --config must have a value other than None.",
+)
 
 
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
-    config, output = _CONFIG.value, epath.Path(_OUTPUT.value)
-    setup_run.check_values(config, "sample", "prompts")
+    distributed.initialize()
+    config, stories = _repeated(_REPEAT.value) if _REPEAT.value else _asked(_CONFIG.value)
     logging.info("config:\n%s", config)
-    prompts, given = _texts(config, "prompts"), _texts(config, "given")
-    windows = plan_windows(len(prompts), config.num_scenes, len(given))
-    logging.info("plan: %d scenes in %d windows of up to %d", len(prompts), len(windows), config.num_scenes)
-    with atomic_output(output / "run.json") as path:  # also finds out early whether the output can be written
-        path.write_text(config.to_json_best_effort(indent=2))
-
-    pretrained = setup_run.resolve_pretrained(config)
-    vae_config = port.load_config(pretrained, "vae")
-    source = TransformerSource.require(config.checkpoint or pretrained, config.weights)
-    model_config = setup_run.with_run_settings(source.config(), config)
-    setup_run.check_encoders(model_config, pretrained)
-    layout = setup_run.scene_layout(config, model_config, vae_config)
-    sampling = setup_run.sampling_config(config)
-    dtype = setup_run.resolve_dtype(config.compute_dtype)
-    clips = [_read_given(path, config) for path in given]
-    prompted = (config.negative_prompt if sampling.guided else "", *prompts)
-    # T5 is freed before the transformer comes.
-    negative, *text = TextEncoder(pretrained, model_config.text_tokens, dtype)(prompted)
-    codec = VideoCodec(pretrained, dtype, config.decode_chunking)
-    key = jax.random.key(config.seed)
-    given_latents = [
-        codec.sample(clip, jax.random.fold_in(jax.random.fold_in(key, 2**31 - 1), number))
-        for number, clip in enumerate(tqdm(clips, desc="encoding given clips", disable=not given))
+    models = SamplingModels(config)
+    _warn_of_other_weights(_REPEAT.value, models)
+    folders = [
+        _folder(config, models, plan, seed, epath.Path(_OUTPUT.value) / name)
+        for plan in [_plan(config, models, story) for story in stories]
+        for seed, name in _seeds(config, plan.story, len(stories))
     ]
-    schedule = NoiseSchedule(port.load_schedule(pretrained))
-    mesh = make_mesh(config.mesh.to_dict(), batch_size=1 + sampling.guided)
-    check_tokens(layout.num_tokens, mesh)
-    sampler = WindowSampler(*_load_transformer(source, model_config, dtype, mesh), schedule, sampling, mesh)
-    latent_size = [side // vae_config.spatial_compression_ratio for side in (config.height, config.width)]
-    story = generate_story(
-        sampler,
-        jnp.stack(text),
-        jnp.asarray(negative),
-        window=config.num_scenes,
-        scene_layout=lambda frames: model_config.layout(tuple(frames), *latent_size),
-        scene_shape=(layout.frames[0], *latent_size, model_config.latent_channels),
-        key=key,
-        given=given_latents,
-        progress=_progress,
-    )
-    frames = {number: codec.decode(latents) for number, latents in enumerate(given_latents)}
-    for number, latents in story:
-        frames[number] = codec.decode(latents)
-        write_video(output / f"scene_{number + 1:02d}.mp4", frames[number], config.fps)
-    _write_story(output, config, prompts, frames, windows)
-    print(f"{output / 'story.mp4'}\n{output / 'storyboard.png'}")
+    if jax.process_index() == 0:
+        print(*dict.fromkeys(folder.text for folder in folders), sep="\n\n", flush=True)
+    if _PLAN.value:
+        return
+    folders = folders[jax.process_index() :: jax.process_count()]
+    for folder in folders:
+        folder.open()
+        _encode_given(folder, models)
+    texts = models.encode(text for folder in folders for text in _texts(folder))
+    for folder in folders:
+        _make(folder, models, texts)
+    wait_for_others()
 
 
-def _load_transformer(source: TransformerSource, config: DiTConfig, dtype, mesh: Mesh):
-    """Graph and parameters, kept in the dtype of the computation, each on its devices."""
-    graph, abstract = abstract_module(DiT, config, dtype, mesh, sharding.DIT)
-    return graph, source.load(abstract)
+def _make(folder: StoryFolder, models: SamplingModels, texts: dict[str, np.ndarray]) -> None:
+    """Generates, decodes and writes what is not there yet, a window at a time."""
+    plan = folder.plan
+    if not folder.is_generated():
+        scenes = plan.story.scenes
+        story = generate_story(
+            models.sampler,
+            np.stack([texts[scene.prompt] for scene in scenes]),
+            np.stack([texts[scene.negative if plan.guided else scene.prompt] for scene in scenes]),
+            windows=plan.windows,
+            frames=plan.latent_frames,
+            scene_layout=models.layout,
+            latent_shape=models.latent_shape,
+            key=jax.random.key(folder.run["seed"]),
+            latents=folder.scenes,
+            progress=_progress,
+        )
+        for window in story:
+            _show(folder, models, window.new)
+    _show(folder, models, range(len(plan.frames)))
+    print(*folder.finish(), sep="\n")
 
 
-def _texts(config: ConfigDict, name: str) -> tuple[str, ...]:
+def _encode_given(folder: StoryFolder, models: SamplingModels) -> None:
+    """A scene at a time: the frames of one are large."""
+    plan, key = folder.plan, jax.random.fold_in(jax.random.key(folder.run["seed"]), 2**31 - 1)
+    missing = [number for number in range(plan.story.num_given) if number not in folder.scenes]
+    for number in tqdm(missing, desc="encoding given scenes", disable=not missing):
+        pixels = read_given(plan.story.scenes[number], plan.frames[number], plan.fps, folder.size)
+        folder.scenes[number] = np.asarray(models.codec.sample(pixels, jax.random.fold_in(key, number)))
+
+
+def _show(folder: StoryFolder, models: SamplingModels, numbers: Sequence[int]) -> None:
+    for number in numbers:
+        if not folder.is_shown(number):
+            folder.show(number, models.codec.decode(folder.scenes[number]))
+
+
+def _texts(folder: StoryFolder) -> list[str]:
+    """What the text encoder has to read for a story; nothing, if its scenes are there."""
+    scenes = () if folder.is_generated() else folder.plan.story.scenes
+    prompts = [scene.prompt for scene in scenes]
+    return prompts + [scene.negative for scene in scenes if folder.plan.guided]
+
+
+def _progress(window: Window):
+    scenes = ", ".join(str(scene + 1) for scene in window.new)
+    return lambda steps: tqdm(steps, desc=f"scene {scenes}", unit="step")
+
+
+def _asked(config: ConfigDict) -> tuple[ConfigDict, list[Story]]:
+    """Stories of files, or the one of the config's prompts."""
+    setup_run.check_values(config, "sample", "prompts")
+    prompts, given = _strings(config, "prompts"), _strings(config, "given")
+    if not _STORY.value:
+        return config, [Story.from_prompts(prompts, config.negative_prompt, given)]
+    if given:
+        raise UserError("--config.given does not go with --story; say `given:` in the story file")
+    stories = [read_story(path, config.negative_prompt) for path in _STORY.value]
+    names = [story.name for story in stories]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"--story names two files {twice}, whose results would have one folder; rename one")
+    return config, stories
+
+
+def _repeated(path: str) -> tuple[ConfigDict, list[Story]]:
+    """The config and the story of a run that is to be made again."""
+    run = read_json(epath.Path(path))
+    try:
+        config = ConfigDict(run["config"]).lock()
+        config.update(seed=run["seed"], seeds=())
+        setup_run.check_values(config, "sample", "prompts")
+        return config, [Story.from_json(run["story"])]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: this run.json lacks {error}; give one that sample wrote") from error
+
+
+def _warn_of_other_weights(path: str | None, models: SamplingModels) -> None:
+    for name, fingerprint in (read_json(epath.Path(path)).get("weights", {}) if path else {}).items():
+        if models.weights.get(name) != fingerprint:
+            logging.warning("%s was made with other weights (%s): the story will be another one", path, name)
+
+
+def _strings(config: ConfigDict, name: str) -> tuple[str, ...]:
     """A field that holds texts; what looks like a number on the command line comes as one."""
     for value in config[name]:
         if not isinstance(value, str):
@@ -105,33 +168,48 @@ def _texts(config: ConfigDict, name: str) -> tuple[str, ...]:
     return tuple(config[name])
 
 
-def _read_given(path: str, config: ConfigDict) -> np.ndarray:
-    """The first frames of a clip, at the story's frame rate, as the VAE takes them."""
-    info = probe(path)
-    stride = max(1, round(info.fps / config.fps))
-    needed = (config.num_frames - 1) * stride + 1
-    if info.num_frames < needed:
-        raise UserError(
-            f"{path}: {info.num_frames} frames are too few; {config.num_frames} frames at {config.fps} a second need "
-            f"{needed} of its {float(info.fps):g} a second; give a longer clip or lower num_frames"
-        )
-    return fit_frames(read_frames(path, range(0, needed, stride)), (config.height, config.width))
+def _seeds(config: ConfigDict, story: Story, num_stories: int) -> list[tuple[int, str]]:
+    """Seeds of a story, each with the folder under --output that its result has: none for a single one."""
+    seeds = config.seeds or (config.seed,)
+    parent = story.name if num_stories > 1 else ""
+    return [(seed, str(Path(parent, f"seed_{seed}" if len(seeds) > 1 else ""))) for seed in seeds]
 
 
-def _progress(window: Window):
-    scenes = ", ".join(str(scene + 1) for scene in window.new_scenes)
-    return lambda steps: tqdm(steps, desc=f"scene {scenes}", unit="step")
+def _plan(config: ConfigDict, models: SamplingModels, story: Story) -> StoryPlan:
+    """Raises UserError for what cannot work: afterwards, weights and hours are all that a story needs."""
+    story.check_length(config.max_scenes)
+    plan = StoryPlan.make(
+        story,
+        window=config.num_scenes,
+        anchor=config.anchor,
+        fps=config.fps,
+        default_frames=config.num_frames,
+        per_latent=models.vae.temporal_compression_ratio,
+        count=models.cut,
+        layout=models.layout,
+        guided=models.sampling.guided,
+    )
+    for scene, frames in zip(story.scenes[: story.num_given], plan.frames, strict=False):
+        check_given(scene, frames, config.fps, (config.height, config.width))
+    return plan
 
 
-def _write_story(output: epath.Path, config: ConfigDict, prompts, frames, windows):
-    write_video(output / "story.mp4", np.concatenate([frames[i] for i in range(len(prompts))]), config.fps)
-    labels = {i: f"given: {path}" for i, path in enumerate(config.given)}
-    for window in windows:
-        if window.num_known:
-            context = f"{window.start + 1}-{window.start + window.num_known}"
-            labels |= dict.fromkeys(window.new_scenes, f"extended from scenes {context}")
-    rows = [StoryboardScene(prompt, frames[i], labels.get(i, "")) for i, prompt in enumerate(prompts)]
-    write_storyboard(output / "storyboard.png", rows)
+def _folder(config: ConfigDict, models: SamplingModels, plan: StoryPlan, seed: int, folder: epath.Path) -> StoryFolder:
+    size = config.height, config.width
+    largest = max(plan.layouts, key=lambda layout: layout.num_tokens)
+    memory = models.memory(largest, sum(plan.latent_frames)).lines(models.mesh.size)
+    settings = {
+        "seed": seed,
+        "weights": models.weights,
+        **{name: config[name] for name in ("height", "width", "mask", "compute_dtype", "condition", "guidance")},
+        "guidance_scale": config.guidance_scale,
+        "sampler": config.sampler.to_dict(),
+    }
+    scenes = SceneStore(folder / "latents", fingerprints(plan, settings))
+    run = {"config": config.to_dict(), "seed": seed, "weights": models.weights}
+    text = plan.table(*size, models.sampling.sampler.num_steps, memory)
+    display = f"{config.decode_chunking}, {config.fps} frames a second"
+    return StoryFolder(folder, plan, text, size, scenes, display, run)
 
 
 if __name__ == "__main__":

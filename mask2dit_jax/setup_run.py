@@ -34,7 +34,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _COUNTS = (
     *("num_scenes", "num_steps", "global_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "fps"),
     *("accumulate_steps", "max_skipped_updates", "sample_steps"),
-    *("data.clip_variants", "data.min_stride", "data.max_stride", "sampler.num_steps"),
+    *("max_scenes", "data.clip_variants", "data.min_stride", "data.max_stride", "sampler.num_steps"),
     *("model.num_heads", "model.head_dim", "model.num_layers", "model.time_embed_dim", "model.text_tokens"),
 )
 _AT_LEAST_0 = ("keep_every", "validate_every", "sample_every", "lora.rank")
@@ -71,8 +71,9 @@ def check_values(config: ConfigDict, program: str, own_field: str) -> None:
         value = _find(config, name)
         if value is not None and value not in known:
             raise UserError(f"{name} {value!r} does not exist; choose one of {', '.join(known)}")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed={config.seed} must be between 0 and 2^32 - 1")
+    for seed in (config.seed, *config.get("seeds", ())):
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(f"seed={seed} must be between 0 and 2^32 - 1")
     for name in ("condition_probability", "data.max_skipped_share"):
         value = _find(config, name)
         if value is not None and not 0 <= value <= 1:

@@ -1,5 +1,6 @@
 """Prompts -> token ids, as CogVideoX makes them: end token, cut at a fixed length, padded to it, no attention mask."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,24 +50,45 @@ def count_tokens(tokenizer: T5Tokenizer, prompts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in _encode(tokenizer, prompts)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Tokens of a text (its end token included), how many of them a scene has room for, and the words beyond that."""
+
+    tokens: int
+    limit: int
+    lost: str
+
+
+def cut(tokenizer: T5Tokenizer, prompts: Sequence[str], max_tokens: int) -> list[Cut]:
+    """What `tokenize` will make of the prompts."""
+    cuts = []
+    for ids in _encode(tokenizer, prompts):
+        lost = tokenizer.decode(ids[max_tokens - 1 : -1], skip_special_tokens=True) if len(ids) > max_tokens else ""
+        cuts.append(Cut(len(ids), max_tokens, shorten(lost)))
+    return cuts
+
+
+def shorten(text: str, most: int = 300) -> str:
+    """The beginning and the end of a text that is too long to read."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half].rstrip()} [{len(text) - 2 * half} characters] {text[-half:].lstrip()}"
+
+
 def tokenize(tokenizer: T5Tokenizer, prompts: Sequence[str], max_tokens: int = MAX_TOKENS) -> Int32[np.ndarray, "n t"]:
     """Token ids of each prompt, padded to `max_tokens`. A prompt that is too long is cut, with a warning."""
     padded = np.full((len(prompts), max_tokens), tokenizer.pad_token_id, np.int32)
     for row, prompt, ids in zip(padded, prompts, _encode(tokenizer, prompts), strict=True):
         if len(ids) > max_tokens:
-            kept, cut = ids[: max_tokens - 1], ids[max_tokens - 1 : -1]
+            kept, lost = ids[: max_tokens - 1], tokenizer.decode(ids[max_tokens - 1 : -1], skip_special_tokens=True)
             logging.warning(
                 "prompt of %d tokens is cut to %d: %r is lost from %r",
-                *(len(ids), max_tokens, _ends(tokenizer.decode(cut, skip_special_tokens=True)), _ends(prompt)),
+                *(len(ids), max_tokens, shorten(lost), shorten(prompt)),
             )
             ids = [*kept, tokenizer.eos_token_id]
         row[: len(ids)] = ids
     return padded
-
-
-def _ends(text: str) -> str:
-    """Some captions are books."""
-    return text if len(text) <= 600 else f"{text[:400]} [{len(text) - 600} characters] {text[-200:]}"
 
 
 def _encode(tokenizer, prompts) -> list[list[int]]:

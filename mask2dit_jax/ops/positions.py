@@ -86,22 +86,28 @@ def sincos_table(
 
     Reference: CogVideoXPatchEmbed of the authors' code. The base table of ONE scene is stretched in time over n scenes
     (T0 -> n * T0 positions) and then cut to the frames there are, so the scenes of a layout with shorter scenes do not
-    start at multiples of T0. Channels: 1/4 frame, 3/8 column, 3/8 row.
+    start at multiples of T0. Scenes of unequal length follow each other the same way: positions run on, as those of
+    RoPE do, and a scene may be longer than T0 where others are shorter. Channels: 1/4 frame, 3/8 column, 3/8 row.
 
     Raises:
-        UserError: the scenes together are longer than n times the base's frames; the table has no such position.
+        UserError: see `check_table`.
     """
     base_frames, base_rows, base_columns = base
+    check_table(layout, base_frames)
     stretched = layout.num_scenes * base_frames
-    if layout.num_frames > stretched:
-        raise UserError(
-            f"scenes of {layout.frames} latent frames are longer than the {base_frames} a scene that this model's "
-            "position table has (sample_frames of its config.json); use shorter scenes or a RoPE model"
-        )
     frame = _interpolate(_axis_sincos(np.arange(base_frames) / temporal_scale, dim // 4), stretched)
     column = _interpolate(_axis_sincos(np.arange(base_columns) / spatial_scale, dim // 8 * 3), layout.grid[1])
     row = _interpolate(_axis_sincos(np.arange(base_rows) / spatial_scale, dim // 8 * 3), layout.grid[0])
     return _frame_column_row(frame[: layout.num_frames], column, row)
+
+
+def check_table(layout: SceneLayout, base_frames: int) -> None:
+    """Raises UserError if the scenes together are longer than n times the base's: the table has no such position."""
+    if layout.num_frames > layout.num_scenes * base_frames:
+        raise UserError(
+            f"scenes of {layout.frames} latent frames are longer than the {base_frames} a scene that this model's "
+            "position table has (sample_frames of its config.json); use shorter scenes or a RoPE model"
+        )
 
 
 def _frame_column_row(frame, column, row) -> Floats["v d"]:

@@ -1,108 +1,87 @@
 """A story of any number of scenes: the first window together, then one scene at a time (paper, section 3.3).
 
-Every further scene is generated with the n-1 scenes before it as context, so a window never grows. The latents of
-finished scenes are carried into the next window as they are: nothing is decoded and encoded again, and nothing drifts
-on that account.
+Every further scene is generated with scenes that are done as its context (story/windows.py says which), so a window
+never grows. The latents of finished scenes are carried into the next window as they are: nothing is decoded and encoded
+again, and nothing drifts on that account.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mask2dit_jax.axes import Array, Floats
-from mask2dit_jax.errors import UserError
+from mask2dit_jax.axes import Array, NpFloats
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.sampling.generate import WindowSampler
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """Scenes start .. stop-1 of a story, of which the first `num_known` exist already."""
-
-    start: int
-    stop: int
-    num_known: int
-
-    @property
-    def new_scenes(self) -> range:
-        return range(self.start + self.num_known, self.stop)
-
-
-def plan_windows(num_prompts: int, window: int, num_given: int = 0) -> list[Window]:
-    """The windows of a story: a prompt a scene, the first `num_given` scenes given as clips.
-
-    Raises:
-        UserError: the numbers of prompts, given scenes and window do not fit together.
-    """
-    if window < 2 and num_prompts > 1:
-        raise UserError("num_scenes must be at least 2, or no scene would see another; sample the prompts one by one")
-    if num_given and num_given < window - 1:
-        raise UserError(
-            f"{num_given} given clips are too few: a scene is extended from the {window - 1} before it; "
-            f"give {window - 1} clips or set num_scenes to {num_given + 1}"
-        )
-    if num_given and num_prompts <= num_given:
-        raise UserError(
-            f"{num_prompts} prompts for {num_given} given clips leave nothing to generate; "
-            "give a prompt for every given clip and for every new scene"
-        )
-    if num_prompts < window:
-        raise UserError(
-            f"{num_prompts} prompts are too few for num_scenes={window}; give at least {window} prompts (one a scene)"
-        )
-    first = [] if num_given else [Window(0, window, 0)]
-    done = num_given or window
-    return first + [Window(stop - window, stop, window - 1) for stop in range(done + 1, num_prompts + 1)]
+from mask2dit_jax.story.windows import Window
 
 
 def generate_story(
     sampler: WindowSampler,
-    text: Floats["n t x"],
-    negative_text: Floats["t x"],
+    text: NpFloats["n t x"],
+    negative_text: NpFloats["n t x"],
     *,
-    window: int,
+    windows: Sequence[Window],
+    frames: Sequence[int],
     scene_layout: Callable[[Sequence[int]], SceneLayout],
-    scene_shape: tuple[int, int, int, int],
+    latent_shape: tuple[int, int, int],
     key: Array,
-    given: Sequence[Floats["f h w c"]] = (),
+    latents: MutableMapping[int, np.ndarray],
     progress: Callable[[Window], Callable] = lambda window: iter,
-) -> Iterator[tuple[int, Floats["f h w c"]]]:
-    """Yields (scene number, clean latents) of every new scene as soon as its window is done.
+) -> Iterator[Window]:
+    """Yields each window when the latents of its new scenes are in `latents`.
+
+    Windows whose new scenes are there from the start are not generated again. What a window comes out as depends on
+    nothing but the key, its texts, its frames and its context: so a story that goes on tomorrow is the same story.
 
     Args:
         text: embeddings of every scene's prompt, those of given scenes included.
-        negative_text: of the one negative prompt, repeated for every scene.
+        negative_text: of every scene's negative prompt.
+        windows: as `plan_windows` gives them.
+        frames: latent frames of every scene; they may differ.
         scene_layout: layout of scenes of the given latent frames.
-        scene_shape: (f h w c) of a new scene's latents.
+        latent_shape: (h w c) of a latent frame.
         key: the story; noise of a window is folded from it and from the window's first new scene.
-        given: clean, scaled latents of leading scenes.
+        latents: clean, scaled latents (f h w c) of the scenes that are known; takes those that are generated. A dict,
+            or what keeps them on disk, so that memory does not grow with the story.
         progress: gives a wrapper of the steps of a window.
     """
-    latents = dict(enumerate(given))
-    for planned in plan_windows(len(text), window, len(given)):
-        start_key, condition_key, step_key = jax.random.split(jax.random.fold_in(key, planned.new_scenes.start), 3)
-        num_new = len(planned.new_scenes)
-        noise = jax.random.normal(start_key, (num_new * scene_shape[0], *scene_shape[1:]))
-        known = [latents[scene] for scene in range(planned.start, planned.new_scenes.start)]
-        parts = [noise[None]]
-        if known:
-            parts.insert(0, sampler.conditions(jnp.concatenate(known)[None], condition_key))
-        layout = scene_layout([len(scene) for scene in known] + [scene_shape[0]] * num_new)
-        window_text = text[None, planned.start : planned.stop]
-        result = sampler(
-            jnp.concatenate(parts, axis=1),
-            window_text,
-            jnp.broadcast_to(negative_text, window_text.shape),
-            np.arange(layout.num_scenes) < planned.num_known,
-            layout=layout,
-            key=step_key,
-            progress=progress(planned),
-        )[0]
-        for scene in planned.new_scenes:
-            latents[scene] = result[layout.frame_slices[scene - planned.start]]
-            yield scene, latents[scene]
-        for scene in range(planned.stop - window + 1):  # no later window looks so far back
-            latents.pop(scene, None)
+    for window in windows:
+        if not all(scene in latents for scene in window.new):
+            layout = scene_layout([frames[scene] for scene in window.scenes])
+            known = [latents[scene] for scene in window.known]
+            texts = (values[None, list(window.scenes)] for values in (text, negative_text))
+            window_key = jax.random.fold_in(key, window.new[0])
+            result = _generate_window(sampler, known, *texts, layout, latent_shape, window_key, progress(window))
+            for scene, part in zip(window.new, layout.frame_slices[len(known) :], strict=True):
+                latents[scene] = result[part]
+        yield window
+
+
+def _generate_window(
+    sampler: WindowSampler,
+    known: list[np.ndarray],
+    text: NpFloats["1 s t x"],
+    negative_text: NpFloats["1 s t x"],
+    layout: SceneLayout,
+    latent_shape: tuple[int, int, int],
+    key: Array,
+    progress: Callable,
+) -> NpFloats["f h w c"]:
+    """Latents of all scenes of a window, of which the first are known."""
+    start_key, condition_key, step_key = jax.random.split(key, 3)
+    num_new = sum(layout.frames[len(known) :])
+    parts = [jax.random.normal(start_key, (num_new, *latent_shape))[None]]
+    if known:
+        parts.insert(0, sampler.conditions(jnp.concatenate(known)[None], condition_key))
+    result = sampler(
+        jnp.concatenate(parts, axis=1),
+        jnp.asarray(text),
+        jnp.asarray(negative_text),
+        np.arange(layout.num_scenes) < len(known),
+        layout=layout,
+        key=step_key,
+        progress=progress,
+    )
+    return np.asarray(result[0])

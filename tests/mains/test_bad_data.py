@@ -143,7 +143,10 @@ def test_report(commands, tmp_path, clips):
     dataset = Dataset.write(tmp_path, clips)
     line = commands.fail("report", f"--story={tmp_path}", f"--shots={dataset.csv}")
     assert f"cannot read {tmp_path / 'run.json'}" in line
-    run = {"height": 32, "width": 48, "fps": 8, "prompts": [clip.caption for clip in clips]}
+    run = {
+        "config": {"height": 32, "width": 48, "fps": 8},
+        "story": {"scenes": [{"prompt": clip.caption} for clip in clips]},
+    }
     (tmp_path / "run.json").write_text(json.dumps(run))
     line = commands.fail("report", f"--story={tmp_path}", f"--shots={dataset.csv}")
     assert f"{tmp_path / 'scene_01.mp4'}: no such file" in line

@@ -59,12 +59,14 @@ def test_train(commands, dataset, tmp_path, flag, told):
 @pytest.mark.parametrize(
     ("flag", "told"),
     [
-        (f"--config.prompts={PROMPTS[:2]}", ["2 prompts", "num_scenes=3", "at least 3"]),
-        ("--config.prompts=()", ["0 prompts", "give"]),
+        ("--config.prompts=()", ["0 scenes", "give at least one"]),
+        (f"--config.prompts={('word',) * 200}", ["200 scenes", "max_scenes=100", "--config.max_scenes=200"]),
+        ("--config.seeds=(0, -1)", ["seed=-1", "between 0"]),
+        ("--config.anchor=True", ["anchor needs num_scenes of at least 3"]),
+        ("--story=nowhere.yaml", ["nowhere.yaml: cannot be read", "give a story file"]),
         ("--config.prompts=(1, 2, 3)", ["prompts holds 1", "quote"]),
         ("--config.prompts=a one, 'two", ["--config.prompts", "quotes"]),
         ("--config.num_scenes=1", ["num_scenes must be at least 2"]),
-        ("--config.given=('one.mp4',)", ["1 given clips are too few", "give 2 clips"]),
         (f"--config.given={('a.mp4',) * 4}", ["4 prompts for 4 given clips", "new scene"]),
         ("--config.given=('one.mp4', 'two.mp4')", ["one.mp4: no such file"]),
         ("--config.sampler.kind=euler", ["'euler'", "ddim, dpm"]),
@@ -82,6 +84,7 @@ def test_train(commands, dataset, tmp_path, flag, told):
 )
 def test_sample(commands, pretrain_workdir, tmp_path, flag, told):
     fields = settings(checkpoint=pretrain_workdir)
+    fields += settings(num_scenes=2) if "anchor" in flag else ()
     if "prompts" not in flag:  # given twice, a tuple is the sum of both
         fields += settings(prompts=PROMPTS)
     line = commands.fail("sample", f"--config={SAMPLE}", f"--output={tmp_path / 'out'}", *SMALL, *fields, flag)
@@ -116,6 +119,8 @@ def test_sample(commands, pretrain_workdir, tmp_path, flag, told):
         ("build_data", ["--captions=nowhere.json", "--output=new"], ["nowhere.json: cannot be read"]),
         ("build_data", ["--output=setup.py/new"], ["cannot write setup.py/new", "choose an output"]),
         ("report", [], ["--shots and --story must be given"]),
+        ("sample", ["--repeat=setup.py", "--output=out"], ["setup.py"]),
+        ("sample", ["--repeat=nowhere/run.json", "--output=out"], ["nowhere/run.json"]),
         ("report", ["--story=nowhere", "--shots=nowhere.csv"], ["nowhere/run.json"]),
     ],
 )

@@ -14,6 +14,7 @@ from mask2dit_jax import setup_run
 from mask2dit_jax.curate.demo import DEMO_CAPTIONS
 from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.story.file import read_story
 from mask2dit_jax.training.optimizer import OptimizerConfig
 from tests.mains.process import ROOT
 
@@ -98,6 +99,22 @@ def test_commands(command):
         for field in fields:
             assert field in holder, flag
             holder = holder[field]
+
+
+def stories() -> list[str]:
+    readme = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [*readme, *(path.read_text() for path in sorted((ROOT / "examples").glob("*.yaml")))]
+
+
+@pytest.mark.parametrize("text", stories())
+def test_stories(text, tmp_path):
+    """Every scene of a documented story names an actor, and says what it looks like."""
+    (tmp_path / "story.yaml").write_text(text)
+    story = read_story(tmp_path / "story.yaml")
+    assert len(story.scenes) >= 3
+    for scene in story.scenes:
+        assert "Actor1 (a young fox, red fur, a torn left ear)" in scene.prompt
+        assert scene.prompt.startswith("Hand-painted film")
 
 
 def test_the_readme_shows_the_programs():

@@ -10,8 +10,8 @@ import pytest
 from tests.mains.test_train import read
 
 
-def train_together(commands, count: int, folder, flags) -> list:
-    """Runs `train` in `count` processes at once; their output goes into folders of their own."""
+def train_together(commands, count: int, folder, flags, main="train") -> list:
+    """Runs `main` in `count` processes at once; their output goes into folders of their own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -19,7 +19,7 @@ def train_together(commands, count: int, folder, flags) -> list:
     def run(number: int):
         told = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(count), "PROCESS_ID": str(number)}
         (folder / str(number)).mkdir(parents=True)
-        return type(commands)(folder / str(number))("train", *flags, **told)
+        return type(commands)(folder / str(number))(main, *flags, **told)
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))

@@ -8,11 +8,14 @@ from flax import nnx
 
 from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
 from mask2dit_jax.models.vae import VAE, VAEConfig
 from mask2dit_jax.port import dit, t5, vae
+from mask2dit_jax.sampling.extend import generate_story
 from mask2dit_jax.sampling.generate import SamplingConfig, WindowSampler
+from mask2dit_jax.story.windows import plan_windows
 from tests.parity.cases import assert_close, cases, load, to_channels_last
 
 TOLERANCE = 5e-5
@@ -43,26 +46,41 @@ class Pipeline:
         embeds = jax.jit(T5Encoder.__call__)(self.text_encoder, ids)
         return jnp.broadcast_to(embeds, (self.layout.num_scenes, *embeds.shape[1:]))[None]
 
-    def window_sampler(self) -> WindowSampler:
+    def text(self, name: str) -> np.ndarray:
+        """(s t x), as stories have it."""
+        return np.asarray(self.prompt_embeds(name)[0])
+
+    def run(self, noise, given=(), condition_noise=None):
+        """Samples a story of one window. Checks the latents of every step, and the decoded frames at the end.
+
+        Args:
+            noise: that the scenes to generate start from, (1 f h w c).
+            given: clean latents of the first scenes, and `condition_noise` what they are noised with.
+        """
         config = SamplingConfig(
             SamplerConfig("ddim", self.setting["steps"]),
             "dynamic" if self.setting["use_dynamic_cfg"] else "static",
             self.setting["guidance_scale"],
         )
-        return WindowSampler(*nnx.split(self.transformer), self.schedule, config)
-
-    def run(self, start, is_known):
-        """Checks the latents of every step on the way, and the decoded frames at the end."""
-        steps = []
-        result = self.window_sampler()(
-            start,
-            self.prompt_embeds("prompt"),
-            self.prompt_embeds("negative_prompt"),
-            is_known,
-            layout=self.layout,
+        sampler = GoldenNoise(*nnx.split(self.transformer), self.schedule, config)
+        sampler.noise, sampler.condition_noise = noise, condition_noise
+        num_scenes = self.layout.num_scenes
+        latents = dict(enumerate(given))
+        story = generate_story(
+            sampler,
+            self.text("prompt"),
+            self.text("negative_prompt"),
+            windows=plan_windows(num_scenes, num_scenes, len(given)),
+            frames=self.layout.frames,
+            scene_layout=lambda frames: SceneLayout(tuple(frames), self.layout.grid, self.layout.text_tokens),
+            latent_shape=noise.shape[2:],
             key=jax.random.key(0),
-            on_step=steps.append,
+            latents=latents,
         )
+        (window,) = story
+        steps, result = sampler.steps, sampler.steps[-1]
+        for scene in window.new:
+            np.testing.assert_array_equal(latents[scene], result[0, self.layout.frame_slices[scene]])
         for actual, expected in zip(steps, self.arrays["latents_steps"], strict=True):
             assert_close(actual, to_channels_last(expected), PIPELINE_TOLERANCE)
         assert_close(result, to_channels_last(self.arrays["latents_final"]), PIPELINE_TOLERANCE)
@@ -74,6 +92,20 @@ class Pipeline:
         assert_close(frames, self.arrays["frames_raw"].transpose(0, 2, 3, 4, 1), PIPELINE_TOLERANCE)
         in_unit_range = jnp.clip(frames / 2 + 0.5, 0, 1)
         assert_close(in_unit_range, self.arrays["frames"].transpose(0, 2, 3, 4, 1), PIPELINE_TOLERANCE)
+
+
+class GoldenNoise(WindowSampler):
+    """Noise from the fixtures in place of our own; everything else is the story's."""
+
+    def conditions(self, latents, key):
+        return self._schedule.add_noise(latents, self.condition_noise, jnp.zeros(latents.shape[:2], jnp.int32))
+
+    def __call__(self, latents, *args, **kwargs):
+        self.steps = []
+        known = latents[:, : latents.shape[1] - self.noise.shape[1]]
+        return super().__call__(
+            jnp.concatenate([known, self.noise], axis=1), *args, on_step=self.steps.append, **kwargs
+        )
 
 
 @pytest.mark.parametrize("case", cases("pipeline_"))
@@ -89,7 +121,7 @@ def test_prompts_and_timesteps(case):
 @pytest.mark.parametrize("case", cases("pipeline_fixed"))
 def test_fixed_scenes(case):
     pipeline = Pipeline(case)
-    pipeline.run(to_channels_last(pipeline.arrays["latents_init"]), np.zeros(pipeline.layout.num_scenes, bool))
+    pipeline.run(to_channels_last(pipeline.arrays["latents_init"]))
 
 
 @pytest.mark.parametrize("case", cases("pipeline_extend"))
@@ -111,5 +143,5 @@ def test_extension(case):
     zero = jnp.zeros(clean.shape[:2], jnp.int32)
     noised = pipeline.schedule.add_noise(clean, to_channels_last(arrays["cond_noise"]), zero)
     assert_close(noised, to_channels_last(arrays["cond_latents_noised"]), TOLERANCE)
-    start = jnp.concatenate([noised, to_channels_last(arrays["latents_init"])], axis=1)
-    pipeline.run(start, np.arange(pipeline.layout.num_scenes) < num_known)
+    given = [np.asarray(clean[0, part]) for part in pipeline.layout.frame_slices[:num_known]]
+    pipeline.run(to_channels_last(arrays["latents_init"]), given, to_channels_last(arrays["cond_noise"]))

@@ -1,0 +1,77 @@
+"""What sampling needs of memory, from sizes alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.t5 import T5Config
+from mask2dit_jax.models.vae import VAEConfig
+from mask2dit_jax.port.pretrained import COMPONENTS
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingMemory:
+    """Bytes, over all devices together, except `host`.
+
+    Counted are parameters, and of activations the largest that a block of the transformer has at once: two copies of
+    the residual stream and the hidden units of its feed-forward layer. Not counted are the workspace of attention, of
+    the VAE and what XLA adds: `train_compile` says what a program really takes on a TPU.
+    """
+
+    text_encoder: int
+    transformer: int
+    vae: int
+    activations: int
+    latents_on_disk: int
+
+    @classmethod
+    def of(
+        cls,
+        model: DiTConfig,
+        vae: VAEConfig,
+        text_encoder: T5Config,
+        layout: SceneLayout,
+        *,
+        dtype,
+        copies: int,
+        latent_bytes: int,
+    ) -> "SamplingMemory":
+        """
+        Args:
+            layout: of the largest window.
+            copies: predictions made at once: 2 with guidance.
+            latent_bytes: of a whole story.
+        """
+        size = np.dtype(dtype).itemsize
+        return cls(
+            size * _parameters("text_encoder", text_encoder),
+            size * _parameters("transformer", model),
+            size * _parameters("vae", vae),
+            copies * layout.num_tokens * model.width * (2 + 4) * size,
+            latent_bytes,
+        )
+
+    def lines(self, num_devices: int) -> list[str]:
+        """In words, a device; parameters and tokens are spread over the devices."""
+        text_encoder, transformer, vae, activations = (
+            value / num_devices for value in (self.text_encoder, self.transformer, self.vae, self.activations)
+        )
+        return [
+            f"memory a device ({num_devices}), at least: {_size(text_encoder)} for the text encoder, then freed;",
+            f"  {_size(transformer + vae + activations)} for transformer {_size(transformer)}, VAE {_size(vae)} and "
+            f"activations {_size(activations)}; not counted: workspace of attention and VAE",
+            f"latents on disk: {_size(self.latents_on_disk)}",
+        ]
+
+
+def _parameters(name: str, config) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(COMPONENTS[name].module(config)))
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,78 @@
+"""Scenes that a user brings: clips, or pictures that are held for as long as the scene lasts.
+
+A picture could also be a scene of one latent frame, a sixth of the tokens. But the model was trained on scenes of one
+length, with positions that run on over them, and a still shot is something that it has seen; so a picture is held.
+Who wants the one frame says `seconds: 0.1`.
+"""
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float32
+from PIL import Image, UnidentifiedImageError
+
+from mask2dit_jax.data.transforms import fit_frames, resized_shape
+from mask2dit_jax.data.video import VideoInfo, probe, read_frames
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.story.story import Scene, is_picture
+
+_MUCH = 0.4  # of a picture that is cut away without a warning
+
+
+def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]) -> None:
+    """Warns if the scene loses much of its picture.
+
+    Raises:
+        UserError: the file is missing, damaged, of another kind, or too short.
+    """
+    path = scene.given
+    if is_picture(path):
+        return _warn_of_loss(path, _read_picture(path).shape[:2], size)
+    info = probe(path)
+    needed = (num_frames - 1) * _stride(info, fps) + 1
+    if info.num_frames < needed:
+        raise UserError(
+            f"{path}: {info.num_frames} frames are too few; {num_frames} frames at {fps:g} a second need {needed} of "
+            f"its {float(info.fps):g} a second; give a longer clip, fewer `seconds` or num_frames, or a picture"
+        )
+    return _warn_of_loss(path, (info.height, info.width), size)
+
+
+def read_given(
+    scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]
+) -> Float32[np.ndarray, "f _h _w 3"]:
+    """The first frames of a given clip at the story's rate, or its picture as often, as the VAE takes them.
+
+    Raises:
+        UserError: as `check_given`.
+    """
+    path = scene.given
+    if is_picture(path):
+        return np.repeat(fit_frames(_read_picture(path)[None], size), num_frames, axis=0)
+    stride = _stride(probe(path), fps)
+    return fit_frames(read_frames(path, range(0, (num_frames - 1) * stride + 1, stride)), size)
+
+
+def _stride(info: VideoInfo, fps: int | float) -> int:
+    """A frame is taken every so many."""
+    return max(1, round(info.fps / fps))
+
+
+def _read_picture(path: str) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; correct the path of the given scene") from error
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: damaged or not a picture; give a png, jpg or webp file") from error
+
+
+def _warn_of_loss(path: str, shape: tuple[int, int], size: tuple[int, int]) -> None:
+    """An upright clip in a landscape story is cut to a band out of its middle."""
+    height, width = resized_shape(shape, size)
+    kept = size[0] * size[1] / (height * width)
+    if kept < 1 - _MUCH:
+        logging.warning(
+            "%s: only the middle %.0f %% of its %d x %d picture fit into %d x %d; crop it yourself to choose the part",
+            *(path, 100 * kept, *shape, *size),
+        )

@@ -1,0 +1,157 @@
+"""What a story will cost, before anything is loaded: its scenes, frames, tokens and windows, as a table to read."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from mask2dit_jax.data.text import Cut
+from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.story.story import Story, is_picture
+from mask2dit_jax.story.windows import Window, plan_windows
+
+
+def num_frames(seconds: int | float, fps: int | float, per_latent: int) -> int:
+    """Pixel frames of a scene: the number of the form `per_latent` k + 1 (CogVideoX: 4k + 1) nearest to `seconds`."""
+    return max(0, round((seconds * fps - 1) / per_latent)) * per_latent + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StoryPlan:
+    """How one story is made.
+
+    Attributes:
+        frames: pixel frames of each scene.
+        latent_frames: the same after the VAE.
+        prompts: tokens of each scene's prompt, and what of it is cut; so `negatives`, where they are used.
+        layouts: of the windows, in their order. Windows of one layout share one compiled program.
+    """
+
+    story: Story
+    fps: int | float
+    windows: tuple[Window, ...]
+    frames: tuple[int, ...]
+    latent_frames: tuple[int, ...]
+    prompts: tuple[Cut, ...]
+    negatives: tuple[Cut, ...]
+    layouts: tuple[SceneLayout, ...]
+
+    @classmethod
+    def make(
+        cls,
+        story: Story,
+        *,
+        window: int,
+        anchor: bool,
+        fps: int | float,
+        default_frames: int,
+        per_latent: int,
+        count: Callable[[Sequence[str]], Sequence[Cut]],
+        layout: Callable[[Sequence[int]], SceneLayout],
+        guided: bool,
+    ) -> "StoryPlan":
+        """
+        Args:
+            window, anchor: see `plan_windows`.
+            default_frames: of a scene that says no length.
+            per_latent: pixel frames that become one latent frame.
+            count: tokens of texts.
+            layout: of scenes of so many latent frames.
+            guided: whether negative prompts are used.
+        """
+        windows = plan_windows(len(story.scenes), window, story.num_given, anchor=anchor)
+        frames = [
+            num_frames(scene.seconds, fps, per_latent) if scene.seconds else default_frames for scene in story.scenes
+        ]
+        latents = [(length - 1) // per_latent + 1 for length in frames]
+        return cls(
+            story,
+            fps,
+            windows,
+            tuple(frames),
+            tuple(latents),
+            tuple(count([scene.prompt for scene in story.scenes])),
+            tuple(count([scene.negative for scene in story.scenes])) if guided else (),
+            tuple(layout([latents[scene] for scene in planned.scenes]) for planned in windows),
+        )
+
+    @property
+    def guided(self) -> bool:
+        return bool(self.negatives)
+
+    def origin(self, number: int) -> str:
+        """Where scene `number` comes from, in words."""
+        scene = self.story.scenes[number]
+        if scene.given:
+            return f"given: {scene.given}"
+        window = next(window for window in self.windows if number in window.new)
+        if not window.known:
+            return f"together: {_scenes(window.new)}" if len(window.new) > 1 else "alone"
+        if len(window.new) > 1:
+            return f"together: {_scenes(window.new)}, from {_scenes(window.known)}"
+        return f"extended from {_scenes(window.known)}"
+
+    def table(self, height: int, width: int, num_steps: int, memory: Sequence[str] = ()) -> str:
+        """The plan in words.
+
+        Args:
+            height, width: of the frames.
+            num_steps: denoising steps of a window.
+            memory: lines about memory.
+        """
+        name, seconds = self.story.title or self.story.name, sum(self.frames) / self.fps
+        largest = max(layout.num_tokens for layout in self.layouts)
+        return "\n".join(
+            [
+                f"{name}: {_count(len(self.frames), 'scene')}, {seconds:.1f} s, {sum(self.frames)} "
+                f"frames of {height} x {width} at {self.fps:g} a second",
+                f"{'scene':>5}  {'seconds':>7}  {'frames':>6}  {'latent':>6}  {'tokens':>10}  how",
+                *(self._row(number) for number in range(len(self.frames))),
+                f"{_count(len(self.windows), 'window')} of up to {max(len(w.scenes) for w in self.windows)} scenes "
+                f"x {num_steps} steps = {len(self.windows) * num_steps} denoising steps"
+                f"{', two predictions each (guidance)' if self.guided else ''}",
+                f"up to {largest:,} tokens at once; {_count(len(set(self.layouts)), 'layout')} to compile",
+                *memory,
+                *self._remarks(),
+            ]
+        )
+
+    def _row(self, number: int) -> str:
+        cut = self.prompts[number]
+        tokens = f"{cut.tokens} of {cut.limit}"
+        length = f"{self.frames[number] / self.fps:.2f}"
+        return (
+            f"{number + 1:>5}  {length:>7}  {self.frames[number]:>6}  {self.latent_frames[number]:>6}  {tokens:>10}"
+            f"  {self.origin(number)}"
+        )
+
+    def _remarks(self) -> list[str]:
+        remarks = []
+        for number, scene in enumerate(self.story.scenes, start=1):
+            frames = self.frames[number - 1]
+            if scene.seconds and abs(frames / self.fps - scene.seconds) > 0.005:
+                asked, made = f"{scene.seconds:g} s", f"{frames / self.fps:.2f} s"
+                remarks.append(f"scene {number}: {asked} become {made}, the nearest length that the VAE has")
+            if is_picture(scene.given):
+                remarks.append(f"scene {number}: the picture {scene.given} is held for {frames} frames")
+        for what, cuts in (("prompt", self.prompts), ("negative prompt", self.negatives)):
+            for number, cut in enumerate(cuts, start=1):
+                if cut.lost:
+                    remarks.append(
+                        f"scene {number}: the {what} has {cut.tokens} tokens, {cut.limit} are used; lost: {cut.lost}"
+                    )
+        return remarks
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _scenes(numbers: Sequence[int]) -> str:
+    """Scenes 1, 4-5: counted from one."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = [f"{run[0] + 1}-{run[-1] + 1}" if len(run) > 1 else f"{run[0] + 1}" for run in runs]
+    return f"scene{'s' if len(numbers) > 1 else ''} {', '.join(words)}"
