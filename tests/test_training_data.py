@@ -1,6 +1,5 @@
 """The two ways to the same batches: videos encoded inside the job, and a latent data set made before."""
 
-import functools
 import itertools
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from absl import logging
 
 from configs import pretrain, sft
 from mask2dit_jax import build_data, setup_run, training_data
+from mask2dit_jax.curate.encode import Encoders
 from mask2dit_jax.data.sources import Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.training_data import open_training_data
@@ -39,13 +39,21 @@ def take(data, count=6, start=0, rows=range(4), seed=3):
     return list(itertools.islice(data.batches(start, rows, 4, seed), count))
 
 
+def encode_video(pixels):
+    """Stands in for the VAE of the package, whose sizes it has: what a latent is depends on what its pixels show."""
+    mean = pixels.mean((1, 2, 3))[::4].reshape(2, 1, 1, 1) * np.linspace(1, 2, 8 * 12 * 16).reshape(8, 12, 16)
+    return mean, np.sin(mean)
+
+
+def encode_text(captions):
+    return np.stack([np.random.default_rng(len(caption)).standard_normal((48, 64)) for caption in captions])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def encoders():
-    """The encoders that ship with the package, compiled once for all tests of this module."""
-    load = functools.cache(lambda tokens: training_data_load(configure("sft", ""), TINY, tokens))
-    training_data_load = training_data.load_encoders
+    """The real ones take long to compile; tests/mains/test_damaged_data.py takes both ways with them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_data, "load_encoders", lambda _config, _pretrained, tokens: load(tokens))
+        patch.setattr(training_data, "load_encoders", lambda *_: Encoders(encode_video, encode_text))
         yield
 
 
@@ -53,7 +61,7 @@ def encoders():
 def folder(tmp_path_factory):
     """Six clips in two groups, one of them too short; in both formats, and their latents."""
     folder = tmp_path_factory.mktemp("data")
-    clips = [make_clip(folder, f"{n}.mp4", count=4 if n == 2 else 16 + n, caption=f"clip {n}") for n in range(6)]
+    clips = [make_clip(folder, f"{n}.mp4", count=4 if n == 2 else 16 + n, caption="clip" + n * "!") for n in range(6)]
     write_pretrain_csv(folder / "pretrain.csv", clips)
     write_sft_json(folder / "sft.json", [Group("a", tuple(clips[:4])), Group("b", tuple(clips[4:]))])
     for stage, (_, name) in STAGES.items():
