@@ -116,7 +116,7 @@ class Watch:
             max_skipped=config.max_skipped_updates,
             skipped_items=data.skipped,
         )
-        self.trace = StepTrace(config.profile_steps, f"{workdir}/profile")
+        self.trace = StepTrace(config.profile_steps, f"{workdir}/profile", config.num_steps)
         self._preview = Preview(self.program, pretrained, config.sample_steps, workdir, self._writer)
 
     def look(self, step: int, state: TrainState) -> None:

@@ -9,21 +9,26 @@ from etils import epath
 
 
 class StepTrace:
-    """Traces steps `first` to `last`, both included, into `folder`; none if `steps` is empty."""
+    """Traces steps `first` to `last`, both included, into `folder`; none if `steps` is empty.
 
-    def __init__(self, steps: Sequence[int], folder: epath.PathLike):
-        self._first, self._last = steps or (0, 0)
-        self._folder = epath.Path(folder)
+    A run that resumes between the two traces the rest; one that ends there traces up to its end.
+    """
+
+    def __init__(self, steps: Sequence[int], folder: epath.PathLike, num_steps: int):
+        first, last = steps or (1, 0)
+        self._steps, self._folder = range(first, min(last, num_steps) + 1), epath.Path(folder)
+        self._is_on = False
 
     @contextlib.contextmanager
     def __call__(self, step: int) -> Iterator[None]:
         """Around what a step dispatches. The last step traced is waited for, or the trace would end before it."""
-        if step == self._first:
+        if step in self._steps and not self._is_on:
             jax.profiler.start_trace(str(self._folder))
+            self._is_on = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
-        if step == self._last:
-            jax.effects_barrier()
+        if self._is_on and step == self._steps[-1]:
             jax.block_until_ready(jax.live_arrays())
             jax.profiler.stop_trace()
-            logging.info("profile: steps %d to %d in %s", self._first, self._last, self._folder)
+            self._is_on = False
+            logging.info("profile: up to step %d in %s", step, self._folder)
