@@ -188,6 +188,7 @@ def _plan(config: ConfigDict, models: SamplingModels, story: Story) -> StoryPlan
         count=models.cut,
         layout=models.layout,
         guided=models.sampling.guided,
+        trained_frames=models.model.sample_frames,
     )
     for scene, frames in zip(story.scenes[: story.num_given], plan.frames, strict=False):
         check_given(scene, frames, config.fps, (config.height, config.width))

@@ -23,6 +23,7 @@ class StoryPlan:
         latent_frames: the same after the VAE.
         prompts: tokens of each scene's prompt, and what of it is cut; so `negatives`, where they are used.
         layouts: of the windows, in their order. Windows of one layout share one compiled program.
+        trained_frames: pixel frames of a scene that the model was trained with.
     """
 
     story: Story
@@ -33,6 +34,7 @@ class StoryPlan:
     prompts: tuple[Cut, ...]
     negatives: tuple[Cut, ...]
     layouts: tuple[SceneLayout, ...]
+    trained_frames: int
 
     @classmethod
     def make(
@@ -47,6 +49,7 @@ class StoryPlan:
         count: Callable[[Sequence[str]], Sequence[Cut]],
         layout: Callable[[Sequence[int]], SceneLayout],
         guided: bool,
+        trained_frames: int,
     ) -> "StoryPlan":
         """
         Args:
@@ -71,6 +74,7 @@ class StoryPlan:
             tuple(count([scene.prompt for scene in story.scenes])),
             tuple(count([scene.negative for scene in story.scenes])) if guided else (),
             tuple(layout([latents[scene] for scene in planned.scenes]) for planned in windows),
+            trained_frames,
         )
 
     @property
@@ -132,6 +136,9 @@ class StoryPlan:
                 remarks.append(f"scene {number}: {asked} become {made}, the nearest length that the VAE has")
             if is_picture(scene.given):
                 remarks.append(f"scene {number}: the picture {scene.given} is held for {frames} frames")
+        longer = [number for number, frames in enumerate(self.frames) if frames > self.trained_frames]
+        if longer:
+            remarks.append(f"longer than the {self.trained_frames} frames that the model knows: {_scenes(longer)}")
         for what, cuts in (("prompt", self.prompts), ("negative prompt", self.negatives)):
             for number, cut in enumerate(cuts, start=1):
                 if cut.lost:

@@ -16,11 +16,14 @@ def test_lengths_are_the_nearest_that_the_vae_has(seconds, expected):
 
 
 def make_plan(scenes, **settings):
+    defaults = {"window": 3, "anchor": False, "fps": 8, "guided": False, "default_frames": 49, "trained_frames": 49}
     return StoryPlan.make(
-        Story("story", "A title", tuple(scenes)), window=3, fps=8, default_frames=49, per_latent=4,
+        Story("story", "A title", tuple(scenes)),
+        per_latent=4,
         count=lambda texts: [Cut(len(text), 10, text[10:]) for text in texts],
-        layout=lambda frames: SceneLayout(tuple(frames), (2, 3), 10), **{"anchor": False, "guided": False, **settings},
-    )  # fmt: skip
+        layout=lambda frames: SceneLayout(tuple(frames), (2, 3), 10),
+        **(defaults | settings),
+    )
 
 
 def test_scenes_of_two_lengths():
@@ -34,6 +37,9 @@ def test_scenes_of_two_lengths():
     assert "4 windows of up to 3 scenes x 50 steps = 200 denoising steps\n" in table
     assert "up to 228 tokens at once; 2 layouts to compile" in table  # 3 x 10 + (13 + 7 + 13) x 6
     assert "scene 1: 3 s become 3.12 s" in table
+    assert "longer" not in table
+    knows_less = make_plan(plan.story.scenes, trained_frames=25)
+    assert "longer than the 25 frames that the model knows: scenes 2, 4, 6" in knows_less.table(480, 720, 50)
 
 
 def test_where_scenes_come_from():
