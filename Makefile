@@ -36,8 +36,9 @@ demo: $(VENV)/.demo
 	$(CPU) $(BIN)/python -m mask2dit_jax.sample --config=configs/sample.py:tiny --output=demo
 	$(CPU) $(BIN)/python -m mask2dit_jax.report --story=demo --shots=data/demo/pretrain.csv
 
+# Two processes: most of these tests compile small programs, which keeps one core busy.
 test: setup
-	$(CPU) $(BIN)/python -m pytest
+	$(CPU) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

