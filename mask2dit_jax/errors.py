@@ -51,8 +51,8 @@ class _AboveProgressBars(io.TextIOBase):
 
 
 def _is_worth_reading(record) -> bool:
-    """Orbax tells of its inner life through absl too; of that, only errors are for the user."""
-    return record.levelno >= ERROR or "orbax" not in record.pathname
+    """Orbax and TFDS tell of their inner life through absl too; of that, only errors are for the user."""
+    return record.levelno >= ERROR or not any(name in record.pathname for name in ("orbax", "tensorflow_datasets"))
 
 
 def _parse_flags(argv):
