@@ -51,9 +51,11 @@ class _AboveProgressBars(io.TextIOBase):
 
 
 def _is_worth_reading(record) -> bool:
-    """Orbax tells of its inner life through absl too; of that, only errors are for the user, and not those that it
-    raises as well: they come with a traceback."""
-    return "orbax" not in record.pathname or (record.levelno >= ERROR and not record.exc_info)
+    """Orbax and TFDS tell of their inner life through absl too; of that, only errors are for the user, and not those
+    that are raised as well: they come with a traceback."""
+    if not any(library in record.pathname for library in ("orbax", "tensorflow_datasets")):
+        return True
+    return record.levelno >= ERROR and not record.exc_info
 
 
 def _parse_flags(argv):

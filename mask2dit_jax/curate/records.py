@@ -277,7 +277,11 @@ class ShardOfClips:
 
 
 def _read_report(path: epath.Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    """None if it is not there, or not whole: an upload may have been cut off."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError:
+        return None
 
 
 def _describe(scan: Scan) -> dict:

@@ -172,6 +172,8 @@ def read_settings(folder: epath.PathLike) -> dict:
     if not is_data_set(folder):
         raise UserError(f"{folder} is no latent data set; build_data --encode makes one")
     raw = _read_json(epath.Path(folder) / SETTINGS)
+    if not isinstance(raw, dict) or "records" not in raw:
+        raise UserError(f"{folder} is no latent data set, its {SETTINGS} is another program's; give another folder")
     if raw["records"] != FORMAT:
         raise UserError(f"{folder} has format {raw['records']}, this version reads {FORMAT}; encode it anew")
     return raw["settings"]

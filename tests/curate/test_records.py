@@ -253,6 +253,13 @@ def copied(complete, tmp_path):
     return Path(shutil.copytree(complete, tmp_path / "copy"))
 
 
+def test_a_report_cut_off_counts_as_none(copied, complete, scan):
+    os.truncate(copied / "shard-00001-of-00007.json", 20)
+    assert builder(copied, scan).download_and_prepare() == 1
+    builder(copied, scan).finish()
+    assert contents(copied) == contents(complete)
+
+
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 100)])
 def test_a_damaged_shard_is_named_and_written_again(copied, complete, scan, damage):
     damage(copied / shard(2))
@@ -318,6 +325,10 @@ def test_a_folder_in_use_is_refused(scan, tmp_path):
         builder(tmp_path, scan)
     with pytest.raises(UserError, match="is no latent data set; build_data --encode makes one"):
         SceneRecords(tmp_path)
+    (tmp_path / "settings.json").write_text('{"editor.tabSize": 4}')
+    for use in (lambda: builder(tmp_path, scan), lambda: SceneRecords(tmp_path)):
+        with pytest.raises(UserError, match=r"its settings.json is another program's; give another folder"):
+            use()
 
 
 def test_too_many_that_cannot_be_used(scan, tmp_path):
