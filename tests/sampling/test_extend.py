@@ -14,6 +14,8 @@ from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.ops import positions
+from mask2dit_jax.parallel import sharding
+from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.sampling.extend import generate_story
 from mask2dit_jax.sampling.generate import SamplingConfig, WindowSampler
 from mask2dit_jax.story.windows import plan_windows
@@ -35,11 +37,16 @@ def random_model(**changes):
 class RecordingSampler(WindowSampler):
     """Keeps what every window was given and what came out of it."""
 
-    def __init__(self, **settings):
+    def __init__(self, mesh=None, **settings):
+        graph, params = random_model(**{name: settings.pop(name) for name in ("attention", "mask") if name in settings})
+        if mesh:
+            params = jax.device_put(params, sharding.parameter_shardings(params, mesh, sharding.DIT))
         super().__init__(
-            *random_model(**{name: settings.pop(name) for name in ("attention", "mask") if name in settings}),
+            graph,
+            params,
             NoiseSchedule(ScheduleConfig.cogvideox_5b()),
             SamplingConfig(SamplerConfig(settings.pop("kind", "ddim"), 3), **settings),
+            mesh,
         )
         self.windows = []
 
@@ -187,6 +194,14 @@ def test_a_long_story(frames):
         np.testing.assert_array_equal(seen[0, : len(context)], context)
         np.testing.assert_array_equal(result[0, : len(context)], context)
     assert sampler._step._cache_size() == len({frames[n : n + 3] for n in range(10)})
+
+
+def test_every_mesh_tells_the_same_story():
+    """Guidance over samples, heads over tensor: with the context carried from window to window."""
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    scenes = story(RecordingSampler(mesh, guidance_scale=3.0), num_scenes=4)
+    for scene, expected in story(recording(guidance_scale=3.0), num_scenes=4).items():
+        np.testing.assert_allclose(scenes[scene], expected, atol=2e-5)
 
 
 def test_an_anchor_keeps_the_first_scene_in_every_window():
