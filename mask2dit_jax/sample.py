@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from mask2dit_jax import setup_run
+from mask2dit_jax import caches, setup_run
 from mask2dit_jax.data.output_file import atomic_output
 from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.data.transforms import fit_frames
@@ -40,6 +40,7 @@ flags.mark_flags_as_required(["config", "output"])
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
+    caches.keep_compiled_programs()
     config, output = _CONFIG.value, epath.Path(_OUTPUT.value)
     setup_run.check_values(config, "sample", "prompts")
     logging.info("config:\n%s", config)
@@ -60,7 +61,7 @@ def main(argv):
     clips = [_read_given(path, config) for path in given]
     prompted = (config.negative_prompt if sampling.guided else "", *prompts)
     # T5 is freed before the transformer comes.
-    negative, *text = TextEncoder(pretrained, model_config.text_tokens, dtype)(prompted)
+    negative, *text = TextEncoder(pretrained, model_config.text_tokens, dtype, caches.user_cache("prompts"))(prompted)
     codec = VideoCodec(pretrained, dtype, config.decode_chunking)
     key = jax.random.key(config.seed)
     given_latents = [

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.models import vae as vae_module
 from mask2dit_jax.models.vae import VAE, Posterior, VAEConfig, _conv_3d, _conv_by_taps
 
 TINY = VAEConfig(block_out_channels=(4, 4, 8), latent_channels=2, layers_per_block=1, norm_num_groups=2)
@@ -174,3 +175,21 @@ def test_settings_that_are_another_function_are_refused(key, value):
 def test_a_config_without_its_widths_is_refused():
     with pytest.raises(UserError, match="block_out_channels"):
         VAEConfig.from_json({"latent_channels": 16})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_large_chunks_go_frame_by_frame_and_are_the_same(monkeypatch, dtype):
+    """What saves a CPU's memory at full size."""
+    graph, params = nnx.split(VAE(TINY, rngs=nnx.Rngs(0), dtype=dtype))
+
+    def both(clip):
+        posterior = VAE.encode(nnx.merge(graph, params), clip)
+        return posterior.mean, VAE.decode(nnx.merge(graph, params), posterior.mean)
+
+    clip = pixels(13)
+    at_once = jax.jit(both)(clip)
+    monkeypatch.setattr(vae_module, "LARGE", 1)
+    by_frame = jax.jit(lambda clip: both(clip))(clip)
+    for ours, wanted in zip(by_frame, at_once, strict=True):
+        scale = float(jnp.abs(wanted).max())
+        np.testing.assert_allclose(ours, wanted, atol=scale * (1e-5 if dtype == jnp.float32 else 3e-2))
