@@ -4,6 +4,11 @@ import os
 import subprocess
 import sys
 
+import jax
+import pytest
+
+from mask2dit_jax.caches import keep_compiled_programs
+
 PROGRAM = """
 import jax, jax.numpy as jnp
 from mask2dit_jax.caches import keep_compiled_programs
@@ -20,17 +25,27 @@ print(jax.config.jax_compilation_cache_dir, len(hits) > 0)
 """
 
 
-def run(**environment: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if "CACHE" not in key} | environment
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
 def test_programs_are_read_back(tmp_path):
-    assert run(XDG_CACHE_HOME=str(tmp_path)) == f"{tmp_path}/mask2dit_jax/compiled True"
+    environment = {key: value for key, value in os.environ.items() if "CACHE" not in key}
+    finished = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment | {"XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stdout.strip() == f"{tmp_path}/mask2dit_jax/compiled True"
     assert any((tmp_path / "mask2dit_jax" / "compiled").iterdir())
 
 
-def test_the_place_can_be_named(tmp_path):
-    assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "here"), XDG_CACHE_HOME="/nowhere") == f"{tmp_path}/here True"
+@pytest.fixture
+def named_place():
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")
+    yield "gs://bucket/compiled"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_place_that_is_named_stays(named_place):
+    keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == named_place

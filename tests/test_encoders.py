@@ -1,4 +1,4 @@
-"""The frozen encoders: chunks that stream, on the 8 devices of the tests cut into tiles, and prompts embedded once."""
+"""The frozen encoders: a VAE that streams, on one device and cut into tiles, and prompts that are embedded once."""
 
 import functools
 import shutil
@@ -12,72 +12,80 @@ from flax import nnx
 from mask2dit_jax import encoders
 from mask2dit_jax.encoders import TextEncoder, VideoCodec, to_uint8
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.models.vae import VAE
-from mask2dit_jax.port.pretrained import load_module
+from mask2dit_jax.models.vae import VAE, VAEConfig
+from mask2dit_jax.parallel.mesh import local_mesh
+from mask2dit_jax.port.pretrained import save_diffusers
 from mask2dit_jax.setup_run import ASSETS
 
 TINY = ASSETS / "tiny"
-SIZE = (8, 12)  # latent rows and columns
+
+# Two levels, of which one halves the frame rate: a latent is two frames.
+VAE_CONFIG = VAEConfig(
+    block_out_channels=(4, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=2
+)
+GRAPH, PARAMS = nnx.split(VAE(VAE_CONFIG, rngs=nnx.Rngs(0)))
 
 
-@functools.cache
-def codec(chunking: str) -> VideoCodec:
-    return VideoCodec(TINY, np.float32, chunking)
+@pytest.fixture(scope="module")
+def make_codec(tmp_path_factory):
+    """(chunking, number of devices) -> codec; made once each."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    save_diffusers(folder, "vae", VAE_CONFIG, PARAMS)
+
+    @functools.cache
+    def make(chunking: str = "mask2dit", devices: int = 1) -> VideoCodec:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encoders, "local_mesh", lambda tiles: local_mesh(tiles, jax.devices()[:devices]))
+            return VideoCodec(folder, np.float32, chunking)
+
+    return make
 
 
 def latents(frames: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((frames, *SIZE, 16), np.float32)
+    return np.random.default_rng(0).standard_normal((frames, 8, 4, 4), np.float32)
 
 
-@functools.cache
-def whole_clip(method, **static):
-    """A method of the VAE, of the whole clip in one program on one device."""
-    graph, params = nnx.split(load_module(TINY, "vae", dtype=jnp.float32))
-    return functools.partial(jax.jit(lambda params, x: method(nnx.merge(graph, params), x, **static)), params)
+def of_the_whole_clip(method, x, **static):
+    return jax.jit(lambda params, x: method(nnx.merge(GRAPH, params), x, **static))(PARAMS, x[None])
 
 
 @pytest.mark.parametrize(
-    ("chunking", "lengths"), [("mask2dit", [1, 8, 8, 4]), ("diffusers", [8, 8, 8]), ("diffusers", [9, 8])]
+    ("chunking", "devices", "lengths"),
+    [("mask2dit", 1, [1, 4, 4, 2]), ("diffusers", 1, [5, 4]), ("mask2dit", 4, [1, 4])],
 )
-def test_chunks_are_the_whole_clip(chunking, lengths):
-    z = latents(-(-sum(lengths) // 4))
-    chunks = list(codec(chunking).decode_chunks(z))
+def test_chunks_are_the_whole_clip(make_codec, chunking, devices, lengths):
+    codec, z = make_codec(chunking, devices), latents(-(-sum(lengths) // 2))
+    chunks = list(codec.decode_chunks(z))
     assert [len(chunk) for chunk in chunks] == lengths
     streamed = np.concatenate(chunks)
-    whole = to_uint8(whole_clip(VAE.decode, chunking=chunking)(z[None] / codec(chunking).config.scaling_factor)[0])
+    whole = to_uint8(of_the_whole_clip(VAE.decode, z / VAE_CONFIG.scaling_factor, chunking=chunking)[0])
     off = np.abs(streamed.astype(int) - np.asarray(whole).astype(int))
     assert off.max() <= 1  # where fp32 falls on the edge of two bytes
     assert off.mean() < 1e-3
-    np.testing.assert_array_equal(codec(chunking).decode(z), streamed)
+    np.testing.assert_array_equal(codec.decode(z), streamed)
 
 
-def test_a_posterior_is_made_in_chunks_too():
-    clip = np.random.default_rng(1).uniform(-1, 1, (25, 4 * SIZE[0], 4 * SIZE[1], 3)).astype(np.float32)
-    whole = whole_clip(VAE.encode)(clip[None])
-    mean, logvar = codec("mask2dit").encode(clip)
+def test_a_posterior_is_made_in_chunks_too(make_codec):
+    clip = np.random.default_rng(1).uniform(-1, 1, (17, 16, 8, 3)).astype(np.float32)
+    whole = of_the_whole_clip(VAE.encode, clip)
+    mean, logvar = make_codec().encode(clip)
     np.testing.assert_allclose(mean, whole.mean[0], atol=2e-5)
     np.testing.assert_allclose(logvar, whole.logvar[0], atol=2e-5)
 
 
-def test_the_next_chunk_is_under_way_before_one_is_handed_over(monkeypatch):
-    streaming, started = codec("mask2dit"), []
-    run = streaming._decode
-    monkeypatch.setattr(streaming, "_decode", lambda *args: (started.append(len(args[1])), run(*args))[1])
-    counts = [len(started) for _ in streaming.decode_chunks(latents(6))]
+def test_the_next_chunk_is_under_way_before_one_is_handed_over(make_codec, monkeypatch):
+    codec, started = make_codec(), []
+    run = codec._decode
+    monkeypatch.setattr(codec, "_decode", lambda *args: (started.append(len(args[1])), run(*args))[1])
+    counts = [len(started) for _ in codec.decode_chunks(latents(6))]
     assert started == [1, 2, 2, 1]
     assert counts == [2, 3, 4, 4]
+    assert run._cache_size() == 3  # equal chunks share a program
 
 
-def test_equal_chunks_share_a_program():
-    streaming = VideoCodec(TINY, np.float32)
-    for _ in streaming.decode_chunks(latents(9)):
-        pass
-    assert streaming._decode._cache_size() == 2  # the first, and all that follow
-
-
-def test_nothing_to_decode_is_refused():
+def test_nothing_to_decode_is_refused(make_codec):
     with pytest.raises(UserError, match="0 latent frames"):
-        codec("mask2dit").decode_chunks(latents(0))
+        make_codec().decode_chunks(latents(0))
 
 
 # Prompts
