@@ -12,6 +12,7 @@ run started again goes on where it stopped, scene by scene; what is done is not 
 stories out among themselves, each on the mesh of its own devices.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from mask2dit_jax import setup_run
+from mask2dit_jax import caches, setup_run
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.port.pretrained import read_json
@@ -53,6 +54,7 @@ def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
     distributed.initialize()
+    caches.keep_compiled_programs()
     config, stories = _repeated(_REPEAT.value) if _REPEAT.value else _asked(_CONFIG.value)
     logging.info("config:\n%s", config)
     models = SamplingModels(config)
@@ -111,7 +113,8 @@ def _encode_given(folder: StoryFolder, models: SamplingModels) -> None:
 def _show(folder: StoryFolder, models: SamplingModels, numbers: Sequence[int]) -> None:
     for number in numbers:
         if not folder.is_shown(number):
-            folder.show(number, models.codec.decode(folder.scenes[number]))
+            chunks = models.codec.decode_chunks(folder.scenes[number])  # each is written while the next is decoded
+            folder.show(number, itertools.chain.from_iterable(chunks))
 
 
 def _texts(folder: StoryFolder) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mask2dit_jax import setup_run
+from mask2dit_jax import caches, setup_run
 from mask2dit_jax.data.text import Cut, cut, load_tokenizer
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.encoders import TextEncoder, VideoCodec
@@ -99,7 +99,8 @@ class SamplingModels:
         texts = list(dict.fromkeys(texts))
         if not texts:
             return {}
-        encoder = TextEncoder(self._pretrained, self.model.text_tokens, self._dtype)
+        cache = caches.user_cache("prompts")
+        encoder = TextEncoder(self._pretrained, self.model.text_tokens, self._dtype, cache)
         return dict(zip(texts, encoder(texts), strict=True))
 
     @functools.cached_property

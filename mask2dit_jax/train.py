@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from mask2dit_jax import setup_run
+from mask2dit_jax import caches, setup_run
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import make_mesh
@@ -42,6 +42,7 @@ def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
     distributed.initialize()
+    caches.keep_compiled_programs()
     config, workdir = _CONFIG.value, _WORKDIR.value
     setup_run.check_values(config, "train", "num_steps")
     logging.info("config:\n%s", config)

@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 from absl import flags, logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 from mask2dit_jax import setup_run
@@ -34,7 +34,7 @@ from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import flops
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
-from mask2dit_jax.models.vae import VAE, VAEConfig
+from mask2dit_jax.models.vae import VAE, VAEConfig, decode_chunks, encode_chunks
 from mask2dit_jax.ops.attention_splash import FORWARD_PRODUCTS, splash_work
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.chips import Topology, parse_topology, prepare_compiler
@@ -144,22 +144,51 @@ def _compile_encoders(config: ConfigDict, topology: Topology, sizes: Sizes, deco
     text_graph, text_params = abstract_module(T5Encoder, sizes.text_encoder, dtype, text_mesh, sharding.T5)
     vae_graph, vae_params = abstract_module(VAE, sizes.vae, dtype, vae_mesh, sharding.VAE)
     programs = [
-        ("text encode", text_mesh, text_encode(text_graph), text_params, (1, layout.text_tokens), jnp.int32),
-        ("vae encode", vae_mesh, video_encode(vae_graph), vae_params, (*frames, 3), jnp.float32),
+        (
+            "text encode",
+            text_mesh,
+            text_encode(text_graph),
+            text_params,
+            _replicated(text_mesh, (1, layout.text_tokens), jnp.int32),
+        ),
+        *_chunk_programs(
+            "vae encode", vae_mesh, video_encode(vae_graph), vae_params, (*frames, 3), encode_chunks(sizes.vae, frames)
+        ),
     ]
     if decode:
         latents = (layout.frames[0], *latent_size, sizes.vae.latent_channels)
-        run = video_decode(vae_graph, sizes.vae.scaling_factor, config.decode_chunking)
-        programs.append(("vae decode", vae_mesh, run, vae_params, latents, jnp.float32))
+        run, chunks = (
+            video_decode(vae_graph, sizes.vae.scaling_factor),
+            decode_chunks(latents[0], config.decode_chunking),
+        )
+        programs += _chunk_programs("vae decode", vae_mesh, run, vae_params, latents, chunks)
 
-    def lower(mesh, run, params, shape, dtype):
-        argument = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
-        return jax.jit(run).trace(params, argument).lower(lowering_platforms=("tpu",))
+    def lower(run, *arguments):
+        # A chunk's cache is overwritten by the next one.
+        return (
+            jax.jit(run, donate_argnums=range(2, len(arguments))).trace(*arguments).lower(lowering_platforms=("tpu",))
+        )
 
     return [
-        _compile(name, functools.partial(lower, mesh, *program), mesh, host, ModelFlops(0, 0))
+        _compile(name, functools.partial(lower, *program), mesh, host, ModelFlops(0, 0))
         for name, mesh, *program in programs
     ]
+
+
+def _chunk_programs(name: str, mesh: Mesh, run, params, shape: tuple[int, ...], chunks: list[slice]) -> list[tuple]:
+    """The first chunk of a clip, and the next one with its cache, if there is one: the program of most chunks."""
+    first, *rest = (_replicated(mesh, (chunk.stop - chunk.start, *shape[1:])) for chunk in chunks)
+    programs = [(name, mesh, functools.partial(run, cache=None), params, first)]
+    if rest:
+        with jax.set_mesh(mesh):
+            _, cache = jax.eval_shape(functools.partial(run, cache=None), params, first)
+        places = jax.tree.map(lambda x: NamedSharding(mesh, sharding.fit(sharding.FRAMES, x.shape, mesh)), cache)
+        programs.append((f"{name}, next", mesh, run, params, rest[0], sharding.placed(cache, places)))
+    return programs
+
+
+def _replicated(mesh: Mesh, shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
 
 
 def _compile(

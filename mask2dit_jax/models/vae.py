@@ -30,6 +30,7 @@ Cache = Mapping[str, Any] | None
 ENCODE_CHUNK = 8  # pixel frames; the first chunk takes the remainder on top
 DECODE_CHUNK = 2  # latent frames
 CHUNKINGS = ("mask2dit", "diffusers")
+LARGE = 2**26  # elements a chunk from which a CPU convolves it frame by frame, for memory
 LOGVAR_RANGE = (-30.0, 20.0)
 
 # What the published checkpoints have and this module assumes; any other value would be another function.
@@ -130,6 +131,58 @@ class Posterior(NamedTuple):
         return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape)
 
 
+class Frames(NamedTuple):
+    """Frames still to be made: `make(*parts)`, of all frames at once or of any run of them.
+
+    A norm and its activation hand these on, so that a convolution that goes frame by frame has few of them in memory.
+    """
+
+    parts: tuple[Array, ...]  # (b f ...) each
+    make: Callable[..., Array]
+
+    def __getitem__(self, run: slice) -> "Frames":
+        return Frames(tuple(part[:, run] for part in self.parts), self.make)
+
+    def all(self) -> Floats["b f h w c"]:
+        return self.make(*self.parts)
+
+    @classmethod
+    def of(cls, x: Floats["b f h w c"]) -> "Frames":
+        return cls((x,), lambda x: x)
+
+
+def _is_frame_by_frame(x: Array) -> bool:
+    return platform() == "cpu" and x.size >= LARGE
+
+
+def _frame(x: Floats["b f ..."], i) -> Floats["b 1 ..."]:
+    return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
+
+
+def _in_place(step: Callable, carry, x: Floats["b f h w i"], features: int):
+    """`carry, frame = step(carry, frame of x, number)` for one frame after the other -> (carry, frames of `features`).
+
+    Where the widths agree, frames are written over those they are made from. Where not, the result begins as what there
+    is of `x`: XLA makes a result that begins as zeros when the program begins, those of all loops together.
+    """
+    width = x.shape[-1]
+    out = x[..., :features] if features <= width else jnp.pad(x, [(0, 0)] * 4 + [(0, features - width)])
+
+    def body(i, state):
+        carry, out = state
+        carry, frame = step(carry, _frame(out if features == width else x, i), i)
+        return carry, jax.lax.dynamic_update_slice_in_dim(out, frame, i, axis=1)
+
+    return jax.lax.fori_loop(0, x.shape[1], body, (carry, out))
+
+
+def _each_frame(layer: Callable, x: Floats["b f h w i"], features: int) -> Floats["b f h_y w_y o"]:
+    """`layer(x)`, of a layer that keeps frames apart."""
+    if layer is nnx.identity or not _is_frame_by_frame(x):
+        return layer(x)
+    return _in_place(lambda carry, frame, i: (carry, layer(frame)), (), x, features)[1]
+
+
 class CausalConv3d(nnx.Module):
     """3x3x3 convolution, zero-padded in space, causal in time: before the clip its first frame stands still.
 
@@ -144,14 +197,30 @@ class CausalConv3d(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype))
         self.dtype = dtype
 
-    def __call__(self, x: Floats["b f h w i"], past: Floats["b 2 h w i"] | None):
+    def __call__(self, frames: Frames, past: Floats["b 2 h w i"] | None):
         """Returns (output, the last two input frames)."""
         if past is None:
-            past = jnp.repeat(x[:, :1], self.TAPS - 1, axis=1)
-        x = jnp.concatenate([past, x], axis=1)
+            past = jnp.repeat(frames[:1].all(), self.TAPS - 1, axis=1)
+        if _is_frame_by_frame(frames.parts[0]):
+            return self._frame_by_frame(frames, past)
+        x = jnp.concatenate([past, frames.all()], axis=1)
         convolve = _conv_by_taps if platform() == "cpu" else _conv_3d
-        out = convolve(x, self.kernel[...].astype(self.dtype))
-        return (out + self.bias[...]).astype(self.dtype), x[:, -(self.TAPS - 1) :]
+        return self._finish(convolve(x, self.kernel[...].astype(self.dtype))), x[:, -(self.TAPS - 1) :]
+
+    def _frame_by_frame(self, frames: Frames, past):
+        kernel = self.kernel[...].astype(self.dtype)
+        x, *rest = frames.parts
+
+        def convolve(past, x, i):
+            now = frames.make(x, *(_frame(part, i) for part in rest))
+            window = jnp.concatenate([past, now], axis=1)
+            return window[:, 1:], self._finish(_conv_by_taps(window, kernel))
+
+        past, out = _in_place(convolve, past, x, kernel.shape[-1])
+        return out, past
+
+    def _finish(self, out) -> Floats["b f h w o"]:
+        return (out + self.bias[...]).astype(self.dtype)
 
 
 def _conv_3d(x: Floats["b f_x h w i"], kernel: Floats["t 3 3 i o"]) -> Floats["b f h w o"]:
@@ -185,9 +254,38 @@ def _conv_frames(x: Floats["b f h w i"], kernel: Floats["3 3 i o"]) -> Floats["b
     return out.reshape(b, f, h, w, -1)
 
 
-def _group_norm(features: int, config: VAEConfig, eps: float, **kinds) -> nnx.GroupNorm:
-    # Two-pass variance, as torch does it; statistics are fp32 whatever the compute type.
-    return nnx.GroupNorm(features, config.norm_num_groups, epsilon=eps, use_fast_variance=False, **kinds)
+class GroupNorm(nnx.Module):
+    """Statistics over a chunk, fp32 whatever the compute type, two-pass as in torch."""
+
+    def __init__(self, features: int, config: VAEConfig, eps: float, *, rngs: nnx.Rngs, dtype, param_dtype):
+        self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (features,), param_dtype))
+        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (features,), param_dtype))
+        self.groups, self.eps, self.dtype = config.norm_num_groups, eps, dtype
+
+    def normaliser(self, x: Floats["b f h w c"]) -> Callable[[Array], Array]:
+        """What normalises any frames of the chunk `x`."""
+        mean = self._mean(x, lambda x: x)
+        variance = self._mean(x, lambda x: jnp.square(x - mean))
+        factor = jax.lax.rsqrt(variance + self.eps) * self.scale[...]
+        return lambda x: ((x - mean) * factor + self.bias[...]).astype(self.dtype)
+
+    def _mean(self, x: Floats["b f h w c"], of: Callable) -> Floats["b 1 1 1 c"]:
+        """The mean of `of(x)` over each channel's group; of each frame first, which XLA's CPU threads share out."""
+
+        def of_frames(x):
+            return of(x.astype(jnp.float32)).mean(axis=(2, 3))
+
+        if _is_frame_by_frame(x):
+            means = jax.lax.map(lambda i: of_frames(_frame(x, i))[:, 0], jnp.arange(x.shape[1])).swapaxes(0, 1)
+        else:
+            means = of_frames(x)
+        means = means.reshape(*means.shape[:2], self.groups, -1).mean(axis=(1, 3))
+        return jnp.repeat(means, x.shape[-1] // self.groups, axis=1)[:, None, None, None]
+
+    def __call__(self, x: Floats["b f h w c"]) -> Frames:
+        """Normalised and activated."""
+        normalise = self.normaliser(x)
+        return Frames((x,), lambda x: nnx.silu(normalise(x)))
 
 
 class SpatialNorm(nnx.Module):
@@ -198,17 +296,23 @@ class SpatialNorm(nnx.Module):
     """
 
     def __init__(self, features: int, config: VAEConfig, **kinds):
-        self.norm = _group_norm(features, config, 1e-6, **kinds)  # not norm_eps: fixed in the reference
+        self.norm = GroupNorm(features, config, 1e-6, **kinds)  # not norm_eps: fixed in the reference
         self.scale = nnx.Linear(config.latent_channels, features, bias_init=nnx.initializers.ones, **kinds)
         self.shift = nnx.Linear(config.latent_channels, features, **kinds)
 
-    def __call__(self, x: Floats["b f h w c"], z: Floats["b f_z h_z w_z c_z"], lone_first: bool) -> Floats["b f h w c"]:
-        scale, shift = (_repeat_onto(project(z), x.shape, lone_first) for project in (self.scale, self.shift))
-        return self.norm(x) * scale + shift
+    def __call__(self, x: Floats["b f h w c"], z: Floats["b f_z h_z w_z c_z"], lone_first: bool) -> Frames:
+        """Normalised and activated."""
+        normalise = self.norm.normaliser(x)
+        times = (x.shape[1] - lone_first) // max(z.shape[1] - lone_first, 1)
+        scale, shift = (_repeat_time(project(z), times, lone_first) for project in (self.scale, self.shift))
+
+        def make(x, scale, shift):
+            return nnx.silu(normalise(x) * _repeat_space(scale, x.shape) + _repeat_space(shift, x.shape))
+
+        return Frames((x, scale, shift), make)
 
 
-def _repeat_onto(z: Floats["b f_z h_z w_z c"], shape, lone_first: bool) -> Floats["b f h w c"]:
-    z = _repeat_time(z, (shape[1] - lone_first) // max(z.shape[1] - lone_first, 1), lone_first)
+def _repeat_space(z: Floats["b f h_z w_z c"], shape) -> Floats["b f h w c"]:
     return jnp.repeat(jnp.repeat(z, shape[2] // z.shape[2], axis=2), shape[3] // z.shape[3], axis=3)
 
 
@@ -228,16 +332,16 @@ def _pool_time(x: Floats["b f_x h w c"]) -> Floats["b f h w c"]:
 
 class EncoderResnet(nnx.Module):
     def __init__(self, in_features: int, out_features: int, config: VAEConfig, **kinds):
-        self.norm1 = _group_norm(in_features, config, config.norm_eps, **kinds)
+        self.norm1 = GroupNorm(in_features, config, config.norm_eps, **kinds)
         self.conv1 = CausalConv3d(in_features, out_features, **kinds)
-        self.norm2 = _group_norm(out_features, config, config.norm_eps, **kinds)
+        self.norm2 = GroupNorm(out_features, config, config.norm_eps, **kinds)
         self.conv2 = CausalConv3d(out_features, out_features, **kinds)
         self.conv_shortcut = _shortcut(in_features, out_features, **kinds)
 
     def __call__(self, x: Floats["b f h w i"], cache: Cache):
-        y, past1 = self.conv1(nnx.silu(self.norm1(x)), cache and cache["conv1"])
-        y, past2 = self.conv2(nnx.silu(self.norm2(y)), cache and cache["conv2"])
-        return y + self.conv_shortcut(x), {"conv1": past1, "conv2": past2}
+        y, past1 = self.conv1(self.norm1(x), cache and cache["conv1"])
+        y, past2 = self.conv2(self.norm2(y), cache and cache["conv2"])
+        return y + _each_frame(self.conv_shortcut, x, y.shape[-1]), {"conv1": past1, "conv2": past2}
 
 
 class DecoderResnet(nnx.Module):
@@ -249,9 +353,9 @@ class DecoderResnet(nnx.Module):
         self.conv_shortcut = _shortcut(in_features, out_features, **kinds)
 
     def __call__(self, x: Floats["b f h w i"], z: Floats["b f_z h_z w_z c_z"], lone_first: bool, cache: Cache):
-        y, past1 = self.conv1(nnx.silu(self.norm1(x, z, lone_first)), cache and cache["conv1"])
-        y, past2 = self.conv2(nnx.silu(self.norm2(y, z, lone_first)), cache and cache["conv2"])
-        return y + self.conv_shortcut(x), {"conv1": past1, "conv2": past2}
+        y, past1 = self.conv1(self.norm1(x, z, lone_first), cache and cache["conv1"])
+        y, past2 = self.conv2(self.norm2(y, z, lone_first), cache and cache["conv2"])
+        return y + _each_frame(self.conv_shortcut, x, y.shape[-1]), {"conv1": past1, "conv2": past2}
 
 
 def _shortcut(in_features: int, out_features: int, **kinds) -> Callable:
@@ -298,7 +402,7 @@ class UpBlock(nnx.Module):
         if self.repeat_time:
             x = _repeat_time(x, 2, lone_first)
         if self.upsampler:
-            x = self.upsampler(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+            x = _each_frame(self.upsampler, jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3), x.shape[-1])
         return x, cache
 
 
@@ -312,16 +416,16 @@ class Encoder(nnx.Module):
             for i, width in enumerate(widths)
         )
         self.mid = nnx.List(EncoderResnet(widths[-1], widths[-1], config, **kinds) for _ in range(2))
-        self.norm_out = _group_norm(widths[-1], config, 1e-6, **kinds)
+        self.norm_out = GroupNorm(widths[-1], config, 1e-6, **kinds)
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels, **kinds)
 
     def __call__(self, pixels: Floats["b f h w c"], cache: Cache):
         """One chunk -> (moments, cache)."""
         filled = {}
-        x, filled["conv_in"] = self.conv_in(pixels, cache and cache["conv_in"])
+        x, filled["conv_in"] = self.conv_in(Frames.of(pixels), cache and cache["conv_in"])
         x, filled["down_blocks"] = _through(self.down_blocks, x, cache and cache["down_blocks"])
         x, filled["mid"] = _through(self.mid, x, cache and cache["mid"])
-        x, filled["conv_out"] = self.conv_out(nnx.silu(self.norm_out(x)), cache and cache["conv_out"])
+        x, filled["conv_out"] = self.conv_out(self.norm_out(x), cache and cache["conv_out"])
         return x, filled
 
 
@@ -342,11 +446,11 @@ class Decoder(nnx.Module):
         """One chunk -> (pixels, cache). Only the clip's first chunk can hold the lone first frame."""
         lone_first = cache is None and z.shape[1] % 2 == 1
         filled = {}
-        x, filled["conv_in"] = self.conv_in(z, cache and cache["conv_in"])
+        x, filled["conv_in"] = self.conv_in(Frames.of(z), cache and cache["conv_in"])
         x, filled["mid"] = _through(self.mid, x, cache and cache["mid"], z, lone_first)
         x, filled["up_blocks"] = _through(self.up_blocks, x, cache and cache["up_blocks"], z, lone_first)
         x = self.norm_out(x, z, lone_first)
-        x, filled["conv_out"] = self.conv_out(nnx.silu(x), cache and cache["conv_out"])
+        x, filled["conv_out"] = self.conv_out(x, cache and cache["conv_out"])
         return x, filled
 
 
@@ -366,18 +470,9 @@ class VAE(nnx.Module):
         Raises:
             UserError: sizes are no multiple of 8, or the frames are neither 4k + 1 nor 4k.
         """
-        _, frames, height, width, _ = pixels.shape
-        space, time = self.config.spatial_compression_ratio, self.config.temporal_compression_ratio
-        if height % space or width % space or not height or not width:
-            raise UserError(f"the VAE takes heights and widths that are multiples of {space}, not {height} x {width}")
-        if frames == 0 or frames % time > 1:
-            raise UserError(
-                f"the VAE takes clips of {time}k + 1 frames (1, {time + 1}, {2 * time + 1}, ...), not {frames}"
-            )
-        first = frames if frames < ENCODE_CHUNK else ENCODE_CHUNK + frames % ENCODE_CHUNK
-        moments = _in_chunks(self.encoder, constrain(pixels.astype(self.dtype), FRAMES), first, ENCODE_CHUNK)
-        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+        first, *_ = encode_chunks(self.config, pixels.shape[1:4])
+        moments = _in_chunks(self.encoder, self._placed(pixels), first.stop, ENCODE_CHUNK)
+        return _posterior(moments)
 
     def decode(self, latents: Floats["b f h w c"], chunking: str = "mask2dit") -> Floats["b f_p h_p w_p c_p"]:
         """Latents as the encoder makes them (scaling_factor already divided out) -> pixels about [-1, 1], fp32.
@@ -386,14 +481,61 @@ class VAE(nnx.Module):
             chunking: "mask2dit" decodes latent 0 alone, then two at a time (the authors' code, what the released
                 weights were sampled with); "diffusers" two at a time, an odd one joining the first two.
         """
-        if chunking not in CHUNKINGS:
-            raise UserError(f"VAE chunking {chunking!r} does not exist; choose one of {', '.join(CHUNKINGS)}")
-        frames = latents.shape[1]
-        if frames == 0:
-            raise UserError("the VAE cannot decode a clip of 0 latent frames")
-        first = 1 if chunking == "mask2dit" or frames == 1 else DECODE_CHUNK + frames % DECODE_CHUNK
-        latents = constrain(latents.astype(self.dtype), FRAMES)
-        return _in_chunks(self.decoder, latents, first, DECODE_CHUNK).astype(jnp.float32)
+        first, *_ = decode_chunks(latents.shape[1], chunking)
+        return _in_chunks(self.decoder, self._placed(latents), first.stop, DECODE_CHUNK).astype(jnp.float32)
+
+    def encode_chunk(self, pixels: Floats["b f h w c"], cache: Cache) -> tuple[Posterior, Cache]:
+        """One of the `encode_chunks` of a clip, for whoever goes from chunk to chunk himself."""
+        moments, cache = self.encoder(self._placed(pixels), cache)
+        return _posterior(moments), _placed_cache(cache)
+
+    def decode_chunk(self, latents: Floats["b f h w c"], cache: Cache) -> tuple[Floats["b f_p h_p w_p c_p"], Cache]:
+        """One of the `decode_chunks` of a clip."""
+        pixels, cache = self.decoder(self._placed(latents), cache)
+        return pixels.astype(jnp.float32), _placed_cache(cache)
+
+    def _placed(self, x: Floats["b f h w c"]) -> Floats["b f h w c"]:
+        return constrain(x.astype(self.dtype), FRAMES)
+
+
+def encode_chunks(config: VAEConfig, size: tuple[int, int, int]) -> list[slice]:
+    """The time chunks in which a clip of (frames, height, width) is encoded.
+
+    Raises:
+        UserError: sizes are no multiple of 8, or the frames are neither 4k + 1 nor 4k.
+    """
+    frames, height, width = size
+    space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
+    if height % space or width % space or not height or not width:
+        raise UserError(f"the VAE takes heights and widths that are multiples of {space}, not {height} x {width}")
+    if frames == 0 or frames % time > 1:
+        raise UserError(f"the VAE takes clips of {time}k + 1 frames (1, {time + 1}, {2 * time + 1}, ...), not {frames}")
+    return _chunks(frames, frames if frames < ENCODE_CHUNK else ENCODE_CHUNK + frames % ENCODE_CHUNK, ENCODE_CHUNK)
+
+
+def decode_chunks(frames: int, chunking: str) -> list[slice]:
+    """The time chunks in which so many latent frames are decoded; see `VAE.decode`."""
+    if chunking not in CHUNKINGS:
+        raise UserError(f"VAE chunking {chunking!r} does not exist; choose one of {', '.join(CHUNKINGS)}")
+    if frames == 0:
+        raise UserError("the VAE cannot decode a clip of 0 latent frames")
+    alone = chunking == "mask2dit" or frames == 1
+    return _chunks(frames, 1 if alone else DECODE_CHUNK + frames % DECODE_CHUNK, DECODE_CHUNK)
+
+
+def _chunks(frames: int, first: int, size: int) -> list[slice]:
+    edges = [0, *range(first, frames, size), frames]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def _placed_cache(cache: Cache) -> Cache:
+    """Cut into the same tiles after every chunk, so that the program of one chunk serves all that follow."""
+    return jax.tree.map(lambda x: constrain(x, FRAMES), cache)
+
+
+def _posterior(moments: Floats["b f h w c"]) -> Posterior:
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
 
 def _in_chunks(coder: Callable, x: Floats["b f h w c"], first: int, size: int) -> Floats["b f_y h_y w_y c_y"]:

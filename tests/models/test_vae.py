@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.models import vae as vae_module
 from mask2dit_jax.models.vae import VAE, Posterior, VAEConfig, _conv_3d, _conv_by_taps
 
 TINY = VAEConfig(block_out_channels=(4, 4, 8), latent_channels=2, layers_per_block=1, norm_num_groups=2)
@@ -174,3 +175,27 @@ def test_settings_that_are_another_function_are_refused(key, value):
 def test_a_config_without_its_widths_is_refused():
     with pytest.raises(UserError, match="block_out_channels"):
         VAEConfig.from_json({"latent_channels": 16})
+
+
+def two_chunks(dtype):
+    """Of an encoder and of a decoder, with the caches at their ends."""
+    config = dataclasses.replace(TINY, block_out_channels=(4, 8), temporal_compression_ratio=2)
+    vae = VAE(config, rngs=nnx.Rngs(0), dtype=dtype)
+    results = []
+    for coder, channels in ((vae.encoder, 3), (vae.decoder, 2)):
+        x, cache = jax.random.normal(jax.random.key(1), (1, 5, 4, 4, channels), dtype), None
+        for chunk in (x[:, :3], x[:, 3:]):
+            out, cache = coder(chunk, cache)
+            results.append(out)
+        results.append(cache)
+    return results
+
+
+def test_large_chunks_go_frame_by_frame_and_are_the_same(monkeypatch):
+    """What saves a CPU's memory at full size."""
+    at_once = jax.jit(lambda: two_chunks(jnp.float32))()
+    types = jax.eval_shape(lambda: two_chunks(jnp.bfloat16))
+    monkeypatch.setattr(vae_module, "LARGE", 1)
+    by_frame = jax.jit(lambda: two_chunks(jnp.float32))()
+    assert jax.eval_shape(lambda: two_chunks(jnp.bfloat16)) == types
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), by_frame, at_once)
