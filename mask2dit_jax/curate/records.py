@@ -10,7 +10,6 @@ So the builder here says what TFDS asks a builder for (features, shards), and br
 * TFDS's metadata and the index come last, from the reports, when every shard is there.
 """
 
-import concurrent.futures
 import functools
 import hashlib
 import json
@@ -108,13 +107,11 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
             UserError: too many clips cannot be used; a file cannot be written.
         """
         mine = range(process_index, len(self._shards), process_count)
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            done = list(pool.map(self._is_finished, mine))
-        missing = [number for number, there in zip(mine, done, strict=True) if not there]
+        missing = self._unfinished(mine)
         if missing:
             (self._folder / records.INDEX).unlink(missing_ok=True)
-        with tqdm(total=sum(len(self._shards[n].clips) for n in mine), desc="encoding clips", unit="clip") as progress:
-            progress.update(sum(len(self._shards[n].clips) for n in mine if n not in missing))
+        total, to_do = (sum(len(self._shards[number].clips) for number in numbers) for numbers in (mine, missing))
+        with tqdm(total=total, initial=total - to_do, desc="encoding clips", unit="clip") as progress:
             for number in missing:
                 self._write_shard(number, progress)
                 progress.set_postfix(skipped=len(self._skipped))
@@ -126,13 +123,14 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
         Raises:
             UserError: a shard is not there; too many clips cannot be used, or none can.
         """
-        unfinished = [number for number in range(len(self._shards)) if not self._is_finished(number)]
+        everything = range(len(self._shards))
+        unfinished = self._unfinished(everything)
         if unfinished:
             raise UserError(
                 f"{self._folder}: {len(unfinished)} of {len(self._shards)} shards are not there yet, the first "
                 f"{self._path(unfinished[0]).name}; start build_data --encode again when no process is at work"
             )
-        reports = [_read_report(self._report_path(number)) for number in range(len(self._shards))]
+        reports = records.in_parallel(self._report, everything)
         outcomes = [outcome for report in reports for outcome in report["clips"]]
         found = {outcome["name"]: outcome["skipped"] for outcome in outcomes if "skipped" in outcome}
         skipped = {**self._scan.faults, **found}
@@ -155,9 +153,7 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
         groups = self._scan.groups and tuple(
             (group.name, tuple(numbers.get(clip) for clip in group.clips)) for group in self._scan.groups
         )
-        shards = tuple(
-            Shard(self._path(number).name, report["bytes"], report["records"]) for number, report in enumerate(reports)
-        )
+        shards = tuple(self._shard(number, report) for number, report in enumerate(reports))
         return Index(tuple(printable(clip.name) for clip in usable), groups, skipped, shards)
 
     def _write_info(self, index: Index) -> None:
@@ -175,7 +171,9 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
         path = self._folder / records.SETTINGS
         data_file = {**_describe(self._scan), "shards": len(self._shards)}
         claim = {"records": records.FORMAT, "settings": self._settings.describe(), "data_file": data_file}
-        is_used = self._folder.exists() and any(not file.name.startswith(".") for file in self._folder.iterdir())
+        is_used = self._folder.exists() and (
+            not self._folder.is_dir() or any(not file.name.startswith(".") for file in self._folder.iterdir())
+        )
         if path.exists():
             records.check_settings(self._folder, self._settings)
             found = records.differences(json.loads(path.read_text())["data_file"], data_file)
@@ -196,15 +194,28 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _path(self, number: int) -> epath.Path:
         return self._template.sharded_filepath(shard_index=number, num_shards=len(self._shards))
 
+    def _shard(self, number: int, report: Mapping) -> Shard:
+        return Shard(self._path(number).name, report["bytes"], report["records"])
+
     def _report_path(self, number: int) -> epath.Path:
         return self._folder / f"shard-{number:05d}-of-{len(self._shards):05d}.json"
 
+    def _report(self, number: int) -> dict | None:
+        """None if it is not there, or not whole: an upload may have been cut off."""
+        path = self._report_path(number)
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError:
+            return None
+
+    def _unfinished(self, numbers: Sequence[int]) -> list[int]:
+        finished = records.in_parallel(self._is_finished, numbers)
+        return [number for number, is_finished in zip(numbers, finished, strict=True) if not is_finished]
+
     def _is_finished(self, number: int) -> bool:
         """True if the shard is there as it was written, and none of its videos has been changed since."""
-        report = _read_report(self._report_path(number))
-        if report is None or records.damaged_shards(
-            self._folder, (Shard(self._path(number).name, report["bytes"], report["records"]),)
-        ):
+        report = self._report(number)
+        if report is None or not records.is_whole(self._folder, self._shard(number, report)):
             return False
         clips = zip(self._shards[number].clips, report["clips"], strict=True)
         return all(outcome["source"] == source_stamp(clip) for clip, outcome in clips)
@@ -274,14 +285,6 @@ class ShardOfClips:
                 "stride": stride,
                 "settings": fingerprint,
             }
-
-
-def _read_report(path: epath.Path) -> dict | None:
-    """None if it is not there, or not whole: an upload may have been cut off."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError:
-        return None
 
 
 def _describe(scan: Scan) -> dict:

@@ -325,6 +325,8 @@ def test_a_folder_in_use_is_refused(scan, tmp_path):
         builder(tmp_path, scan)
     with pytest.raises(UserError, match="is no latent data set; build_data --encode makes one"):
         SceneRecords(tmp_path)
+    with pytest.raises(UserError, match=r"thesis.txt is not empty and no latent data set; give a new folder"):
+        builder(tmp_path / "thesis.txt", scan)
     (tmp_path / "settings.json").write_text('{"editor.tabSize": 4}')
     for use in (lambda: builder(tmp_path, scan), lambda: SceneRecords(tmp_path)):
         with pytest.raises(UserError, match=r"its settings.json is another program's; give another folder"):
