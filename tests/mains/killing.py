@@ -7,6 +7,7 @@ time, and compares its last checkpoint bit for bit with that of a run that nothi
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -61,24 +62,34 @@ def steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in found.iterdir() if path.name.isdigit()) if found.exists() else []
 
 
-def is_saving(workdir: Path) -> bool:
-    return any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+def half_written(workdir: Path) -> set[tuple[str, int]]:
+    """What is being saved, or was when a run was killed: each with the time it was last changed."""
+    found = set()
+    for path in (workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ctime_ns))
+    return found
 
 
 def kill_again_and_again(start: Callable[[], Job], workdir: Path, kills: int, rng: random.Random) -> list[str]:
     """Returns what each kill met; the last start is left to run to its end."""
     met = []
     for number in range(kills):
-        job, before = start(), steps(workdir)
+        left, before = half_written(workdir), steps(workdir)
+        job = start()
+
+        def is_saving(left=left):
+            return bool(half_written(workdir) - left)
+
         if number % 3 == 0:
-            job.wait_until(lambda: is_saving(workdir))
+            job.wait_until(is_saving)
             time.sleep(rng.uniform(0, 0.05))
         elif number % 3 == 1:
             job.wait_until(lambda before=before: steps(workdir) != before)
             time.sleep(rng.uniform(0, 0.5))
         else:
             time.sleep(rng.uniform(0, 6))
-        state = "ended" if not job.is_running else "saving" if is_saving(workdir) else "not saving"
+        state = "ended" if not job.is_running else "saving" if is_saving() else "not saving"
         job.kill()
         job.finish()
         met.append(f"{state}, {before} -> {steps(workdir)}")

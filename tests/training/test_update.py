@@ -157,7 +157,7 @@ def test_adapters_begin_as_no_change_and_merge_into_the_same_model():
     assert types == {jnp.dtype(jnp.float32)}
     assert {leaf.dtype for leaf in jax.tree.leaves(plain)} == {jnp.dtype(jnp.bfloat16)}
     plain_graph = nnx.split(nnx.eval_shape(lambda: DiT(MODEL, rngs=nnx.Rngs(0))))[0]
-    batch, layout = random_batch(adapting), adapting.objective.layout
+    batch, layout = jax.tree.map(jnp.asarray, random_batch(adapting)), adapting.objective.layout
 
     @functools.partial(jax.jit, static_argnums=0)
     def predict(graph, params):
