@@ -86,6 +86,7 @@ def set_environment(environment: pytest.MonkeyPatch, shared: Path) -> None:
     """Starts the server that all mains are forked from, with compiled programs in `shared`."""
     environment.setenv("JAX_PLATFORMS", "cpu")
     environment.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
+    environment.setenv("XDG_CACHE_HOME", str(shared / "user"))
     environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     environment.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # they are compiled in half the time
     process.start_server()
