@@ -15,7 +15,9 @@ from mask2dit_jax.data.output_file import atomic_output
 from mask2dit_jax.errors import UserError
 
 # Small frames show every artefact, so quality is spent freely: x264 is visually lossless from about 17 down.
-_ENCODER = {"crf": "16", "preset": "medium"}
+# A player that is not told all three of a picture's colours guesses all of them, by the size of the picture.
+_COLOURS = "colorprim=bt709:transfer=bt709:colormatrix=bt709"
+_ENCODER = {"crf": "16", "preset": "medium", "x264-params": _COLOURS}
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[UInt8[np.ndarray, "h w 3"]], fps: int | float) -> None:
@@ -45,8 +47,6 @@ def write_video(path: str | os.PathLike, frames: Iterable[UInt8[np.ndarray, "h w
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=_ENCODER)
         stream.height, stream.width = (side + side % 2 for side in first.shape[:2])
         stream.pix_fmt = "yuv420p"
-        # Named and used: a player that has to guess takes BT.601 or BT.709 by the size of the picture.
-        stream.codec_context.colorspace = Colorspace.ITU709
         frames = itertools.chain([first], frames)
         for image in tqdm(frames, desc=f"writing {os.path.basename(path)}", unit="frame", delay=2):
             frame = av.VideoFrame.from_ndarray(np.pad(image, padding, mode="edge"), format="rgb24")

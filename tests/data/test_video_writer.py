@@ -47,6 +47,15 @@ def test_plain_colours_keep_their_hue(tmp_path):
     np.testing.assert_allclose(decoded[:, 16, 24].astype(int), colours, atol=4)
 
 
+def test_players_are_told_the_colours(tmp_path):
+    """Browsers guess matrix, primaries and transfer alike where one of them is missing: red came out darker."""
+    write_video(tmp_path / "video.mp4", np.zeros((2, 32, 48, 3), np.uint8), 8)
+    with av.open(tmp_path / "video.mp4") as container:
+        context = container.streams.video[0].codec_context
+        bt709 = 1
+        assert (context.color_primaries, context.color_trc, context.colorspace) == (bt709, bt709, bt709)
+
+
 def test_index_is_at_the_front(tmp_path):
     write_video(tmp_path / "video.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
     data = (tmp_path / "video.mp4").read_bytes()
