@@ -15,8 +15,9 @@ from jaxtyping import Float32, UInt8
 
 from mask2dit_jax.axes import Array, Floats
 from mask2dit_jax.data.text import load_tokenizer, tokenize
+from mask2dit_jax.models import codec
 from mask2dit_jax.models.t5 import T5Encoder
-from mask2dit_jax.models.vae import VAE, Posterior
+from mask2dit_jax.models.vae import Posterior
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.mesh import local_mesh
 from mask2dit_jax.parallel.module import abstract_module
@@ -49,7 +50,7 @@ class VideoCodec:
     def __init__(self, pretrained: epath.PathLike, dtype, chunking: str = "mask2dit"):
         self.config = load_config(pretrained, "vae")
         self._mesh = local_mesh(tiles=self.config.sample_latents)
-        graph, params = abstract_module(VAE, self.config, dtype, self._mesh, sharding.VAE)
+        graph, params = abstract_module(codec.module_class(self.config), self.config, dtype, self._mesh, sharding.VAE)
         shardings = jax.tree.map(lambda x: x.sharding, params)
         self._params = load_params(pretrained, "vae", self.config, dtype=dtype, shardings=shardings)
         self._encode = jax.jit(video_encode(graph))
@@ -60,7 +61,7 @@ class VideoCodec:
         posterior = self._posterior(pixels)
         return np.asarray(posterior.mean[0]), np.asarray(posterior.logvar[0])
 
-    def sample(self, pixels: Float32[np.ndarray, "f h w 3"], key: Array) -> Floats["f h w c"]:
+    def sample(self, pixels: Float32[np.ndarray, "f h w 3"], key: Array) -> Floats["_f _h _w c"]:
         """Frames in [-1, 1] -> latents as the DiT sees them: drawn from the posterior, scaled."""
         posterior = jax.tree.map(np.asarray, self._posterior(pixels))
         return posterior.sample(key)[0] * self.config.scaling_factor
@@ -82,13 +83,13 @@ def text_encode(graph: nnx.GraphDef):
 
 def video_encode(graph: nnx.GraphDef):
     """`(params, pixels (f h w 3)) -> Posterior` of one scene."""
-    return lambda params, pixels: VAE.encode(nnx.merge(graph, params), pixels[None])
+    return lambda params, pixels: nnx.merge(graph, params).encode(pixels[None])
 
 
 def video_decode(graph: nnx.GraphDef, scaling_factor: float, chunking: str):
     """`(params, scaled latents (f h w c)) -> frames (f h w 3)` of one scene, as bytes."""
     return lambda params, latents: to_uint8(
-        VAE.decode(nnx.merge(graph, params), latents[None] / scaling_factor, chunking)[0]
+        nnx.merge(graph, params).decode(latents[None] / scaling_factor, chunking)[0]
     )
 
 
