@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from mask2dit_jax.axes import Array, Floats
-from mask2dit_jax.desk.world import TEXT_TOKENS, Scene, Story, render
+from mask2dit_jax.desk.world import TEXT_TOKENS, Story, render
 from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.encoders import TextEncoder, VideoCodec
@@ -64,17 +64,27 @@ class StoryMaker:
 
         The scenes that are given are there too, as they came.
         """
-        prompts = {scene.said.caption: None for story in stories for scene in story}
-        embedded = dict(zip(prompts, self._text(list(prompts)), strict=True))
-        text = jnp.asarray(np.stack([[embedded[scene.said.caption] for scene in story] for story in stories]))
-        key = jax.random.key(0)
-        scenes = [self._encode([story[i] for story in stories], key) for i in range(protocol.num_known)]
+        text, key = self.embed(stories), jax.random.key(0)
+        scenes = []
+        if protocol.num_known:
+            given = self.encode([story[: protocol.num_known] for story in stories])
+            scenes = jnp.split(given, protocol.num_known, axis=1)
         for window in plan_windows(protocol.num_scenes, WINDOW, protocol.num_known):
             known = [self._recoded(z) if protocol.reencode else z for z in scenes[window.start :]]
             window_key = jax.random.fold_in(key, window.new_scenes.start)
             scenes += self._sample(known, text[:, window.start : window.stop], window_key)
         frames = [np.stack([self._codec.decode(latents) for latents in scene]) for scene in scenes]
         return np.stack(frames, axis=1)
+
+    def embed(self, stories: Sequence[Story]) -> Floats["n s t x"]:
+        """The prompts of each story."""
+        prompts = list({scene.said.caption: None for story in stories for scene in story})
+        embedded = dict(zip(prompts, self._text(prompts), strict=True))
+        return jnp.asarray(np.stack([[embedded[scene.said.caption] for scene in story] for story in stories]))
+
+    def encode(self, stories: Sequence[Story]) -> Floats["n f h w c"]:
+        """What the world shows of each story, its scenes one after the other: scaled latents."""
+        return self._to_latents([np.concatenate([render(scene) for scene in story]) for story in stories])
 
     def _sample(self, known: list[Floats["n f h w c"]], text: Floats["n s t x"], key: Array) -> list:
         """The new scenes of one window."""
@@ -94,11 +104,9 @@ class StoryMaker:
         height, width = self._codec.config.sample_latents
         return self.model.base_frames, height, width, self.model.latent_channels
 
-    def _encode(self, scenes: Sequence[Scene], key: Array) -> Floats["n f h w c"]:
-        return self._to_latents([render(scene) for scene in scenes], key)
-
     def _recoded(self, latents: Floats["n f h w c"]) -> Floats["n f h w c"]:
-        return self._to_latents([self._codec.decode(z) for z in latents], jax.random.key(0))
+        return self._to_latents([self._codec.decode(z) for z in latents])
 
-    def _to_latents(self, videos: Sequence[np.ndarray], key: Array) -> Floats["n f h w c"]:
+    def _to_latents(self, videos: Sequence[np.ndarray]) -> Floats["n f h w c"]:
+        key = jax.random.key(0)  # the lossless codec's posterior has no spread
         return jnp.stack([self._codec.sample(np.float32(video) / 127.5 - 1, key) for video in videos])
