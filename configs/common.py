@@ -4,7 +4,7 @@ Every config file takes a preset, `configs/sft.py:5b`, after a comma the slice o
 `configs/sft.py:5b,v5e-64` (see slices.py), and any field can be set on the command line, `--config.num_steps=100`.
 
     tiny  trains on two CPU cores in minutes; its VAE, text encoder and tokenizer ship with the package
-    desk  the paper's findings on two CPU cores, in a world of 8 x 8 pixels; see desk.py
+    desk  the paper's findings on two CPU cores, in a world of 4 x 4 pixels; see desk.py
     2b    CogVideoX-2b sizes: sin-cos positions, snr shift 3
     5b    CogVideoX-5b sizes: rotary positions; the sizes of the released Mask2DiT
 """

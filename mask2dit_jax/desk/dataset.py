@@ -1,6 +1,6 @@
 """The world as files that the mains read: clips, lists of them, and the frozen components.
 
-FOLDER/clips/*.mkv       every scene of the world once: FFV1, which is lossless (H.264 would smear 8 x 8 pixels)
+FOLDER/clips/*.mkv       every scene of the world once: FFV1, which is lossless (H.264 would smear 4 x 4 pixels)
 FOLDER/NAME.json         stories: groups of consecutive shots
 FOLDER/pretrain.csv      single shots
 FOLDER/pretrained/       a lossless codec; text encoder, tokenizer and noise schedule of the tiny preset
@@ -23,7 +23,7 @@ from mask2dit_jax.port.weights import write_json
 from mask2dit_jax.setup_run import ASSETS
 
 FPS = 8
-CODEC = SpaceToDepthConfig(2, scaling_factor=1.5, sample_height=SIDE, sample_width=SIDE)  # about unit variance
+CODEC = SpaceToDepthConfig(1, scaling_factor=1.5, sample_height=SIDE, sample_width=SIDE)  # about unit variance
 
 
 def write_world(folder: str | os.PathLike) -> None:

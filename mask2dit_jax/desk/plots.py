@@ -10,7 +10,7 @@ from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.desk.world import Story
 from mask2dit_jax.errors import UserError
 
-_ENLARGED = 18  # a pixel of the world, in pixels of a storyboard
+_ENLARGED = 36  # a pixel of the world, in pixels of a storyboard
 _COLOURS = {"visual": "#3d6f9e", "semantic": "#d08a3e"}
 
 

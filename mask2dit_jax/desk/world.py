@@ -1,6 +1,6 @@
 """The story world: stories of which everything is known, some of it said in the captions and some never.
 
-A scene is two frames of 8 x 8 pixels. A square stands in the middle of a background, then it has moved.
+A scene is two frames of 4 x 4 pixels. A square stands in the middle of a background, then it has moved.
 
     said, drawn anew for every scene       the square's colour (4) and the way it moves (4): "red left"
     unsaid, one for the whole story        the background's palette (3) and its pattern (3)
@@ -17,8 +17,8 @@ import itertools
 import numpy as np
 from jaxtyping import UInt8
 
-SIDE, NUM_FRAMES = 8, 2
-_ACTOR, _STEP = 4, 2  # pixels: side of the square, and how far it moves
+SIDE, NUM_FRAMES = 4, 2
+_ACTOR, _STEP = 2, 1  # pixels: side of the square, and how far it moves
 
 # In [-1, 1]. The words are single tokens of the tiny preset's vocabulary.
 COLOURS = {"red": (1, -1, -1), "yellow": (1, 1, -1), "white": (1, 1, 1), "black": (-1, -1, -1)}
@@ -72,7 +72,7 @@ ALL_SCENES = tuple(Scene(*pair) for pair in itertools.product(ALL_UNSAID, ALL_SA
 @functools.cache
 def render(scene: Scene) -> UInt8[np.ndarray, "f h w 3"]:
     """The frames of a scene."""
-    rows, columns = np.indices((SIDE, SIDE)) // 2 % 2
+    rows, columns = np.indices((SIDE, SIDE)) % 2
     light = {"rows": rows, "columns": columns, "checks": rows ^ columns}[scene.unsaid.pattern]
     background = np.array(PALETTES[scene.unsaid.palette]) + _CONTRAST * (2 * light[..., None] - 1)
     frames = np.stack([background] * NUM_FRAMES)

@@ -15,7 +15,7 @@ def frames_of(stories) -> np.ndarray:
 
 def test_every_scene_is_read_as_it_is_also_through_noise():
     frames = np.stack([render(scene) for scene in ALL_SCENES])
-    noise = np.random.default_rng(0).normal(0, 40, frames.shape)
+    noise = np.random.default_rng(0).normal(0, 25, frames.shape)
     noisy = np.clip(frames + noise, 0, 255).astype(np.uint8)
     assert read_scenes(frames) == list(ALL_SCENES)
     assert read_scenes(noisy) == list(ALL_SCENES)
