@@ -20,7 +20,7 @@ def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
         UserError: `path` cannot be written.
     """
     path = epath.Path(path)
-    partial = path.parent / f".{path.name}.tmp"
+    partial = path.parent / f".{path.name}.{os.getpid()}.tmp"  # two runs may fill one cache
     try:
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder, path.name)

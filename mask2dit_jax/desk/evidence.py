@@ -50,10 +50,10 @@ def summary(readings: Sequence[Reading], arm: Arm) -> dict:
 
     Scenes that were given are part of what has to agree, but what they show is nobody's merit.
     """
-    known = arm.protocol.num_known
+    new = range(arm.protocol.num_known, arm.protocol.num_scenes)
     measures = {
         "visual": np.stack([reading.visual for reading in readings]),
-        "semantic": np.stack([new_scenes(reading, known).semantic for reading in readings]),
+        "semantic": np.stack([reading.matrix[:, new, new].mean(axis=1) for reading in readings]),
     }
     result: dict = {}
     for name, values in measures.items():
@@ -62,14 +62,13 @@ def summary(readings: Sequence[Reading], arm: Arm) -> dict:
         result[f"{name}_by_seed"] = [_percent(mean) for mean in values.mean(axis=1)]
     matrix = np.mean([reading.matrix.mean(axis=0) for reading in readings], axis=0)
     result["matrix"] = [[_percent(share) for share in row] for row in matrix]
+    result["agreement_with_first"] = [
+        _percent(share) for share in np.mean([reading.agreement.mean(axis=0) for reading in readings], axis=0)
+    ]
     result["seeds"] = [run.seed for run in arm.runs]
     result["num_stories"] = len(readings[0].visual)
-    result["settings"] = dict(arm.runs[0].fields)
+    result["settings"] = {**dict(arm.runs[0].fields), **dataclasses.asdict(arm.protocol)}
     return result
-
-
-def new_scenes(reading: Reading, known: int) -> Reading:
-    return dataclasses.replace(reading, matrix=reading.matrix[:, known:, known:])
 
 
 def write_table(result: dict, path: Path) -> None:

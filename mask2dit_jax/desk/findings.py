@@ -65,4 +65,21 @@ TABLE_4 = Finding(
         for p, runs in _BY_PROBABILITY.items()
     ),
 )
-FINDINGS = {finding.name: finding for finding in (TABLE_2, TABLE_4)}
+# The rest needs no run of its own: the runs of v2, sampled in other ways.
+CONDITION = Finding(
+    "condition",
+    "known scenes shown clean (as in training) or noised at t = 0 (as the released model was sampled)",
+    tuple(
+        Arm(protocol.condition, _V2, protocol)
+        for protocol in (EXTENSION, Protocol("extension-noised", num_known=2, condition="noised"))
+    ),
+)
+LONG = Finding(
+    "long",
+    "stories of twelve scenes: three together, then one at a time; latents carried on, or through 8-bit pixels",
+    tuple(
+        Arm("re-encoded" if protocol.reencode else "carried", _V2, protocol)
+        for protocol in (Protocol("long", num_scenes=12), Protocol("long-reencoded", num_scenes=12, reencode=True))
+    ),
+)
+FINDINGS = {finding.name: finding for finding in (TABLE_2, TABLE_4, CONDITION, LONG)}

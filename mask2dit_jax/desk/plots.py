@@ -10,12 +10,13 @@ from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.desk.world import Story
 from mask2dit_jax.errors import UserError
 
+_MOST_IN_MATRIX = 4  # scenes
 _ENLARGED = 36  # a pixel of the world, in pixels of a storyboard
 _COLOURS = {"visual": "#3d6f9e", "semantic": "#d08a3e"}
 
 
 def plot_table(result: dict, path: Path) -> None:
-    """Bars of visual and semantic for every arm with 95 % intervals; below each arm its mismatched-prompt matrix."""
+    """Bars of visual and semantic with 95 % intervals; below each arm its matrix, or its course if it is long."""
     plt = _pyplot()
     arms = result["arms"]
     figure, axes = plt.subplots(
@@ -33,9 +34,11 @@ def plot_table(result: dict, path: Path) -> None:
     bars.set_title(result["claim"], fontsize=9)
     bars.legend(loc="lower left", bbox_to_anchor=(1, 0), frameon=False)
     for axis, arm in zip(axes[1], arms.values(), strict=True):
-        _draw_matrix(axis, np.array(arm["matrix"]))
-    axes[1, 0].set_ylabel("scene")
-    axes[1, 0].set_xlabel("prompt")
+        matrix = np.array(arm["matrix"])
+        if len(matrix) <= _MOST_IN_MATRIX:
+            _draw_matrix(axis, matrix)
+        else:
+            _draw_by_scene(axis, np.array(arm["agreement_with_first"]), np.diagonal(matrix))
     with atomic_output(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     plt.close(figure)
@@ -43,12 +46,17 @@ def plot_table(result: dict, path: Path) -> None:
 
 def _draw_matrix(axis, matrix: np.ndarray):
     axis.imshow(matrix, cmap="Greys", vmin=0, vmax=100)
-    axis.set(xticks=[], yticks=[])
-    if len(matrix) <= 4:
-        for (row, column), value in np.ndenumerate(matrix):
-            axis.text(
-                column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="w" if value > 50 else "k"
-            )
+    axis.set(xticks=[], yticks=[], xlabel="prompt", ylabel="scene")
+    for (row, column), value in np.ndenumerate(matrix):
+        ink = "w" if value > 50 else "k"
+        axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+
+
+def _draw_by_scene(axis, agreement: np.ndarray, semantic: np.ndarray):
+    """How far a story keeps what its first scene showed."""
+    for values, colour in zip((agreement, semantic), _COLOURS.values(), strict=True):
+        axis.plot(range(1, len(values) + 1), values, color=colour, marker=".")
+    axis.set(ylim=(0, 105), xlabel="scene", ylabel="% as the first")
 
 
 def draw_story(path: Path, truth: Story, frames: np.ndarray, num_known: int) -> None:

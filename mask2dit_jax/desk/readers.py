@@ -35,12 +35,17 @@ class Reading:
     """What was found in each story, to be averaged.
 
     Attributes:
-        visual: 1 where all scenes have the same unsaid things, else 0.
+        agreement: 1 where a scene has the unsaid things of the story's first scene, else 0.
         matrix: 1 where scene i shows prompt j.
     """
 
-    visual: Float[np.ndarray, " n"]
-    matrix: Float[np.ndarray, "n s s"]
+    agreement: Float[np.ndarray, "n s"]
+    matrix: Float[np.ndarray, "n s t"]
+
+    @property
+    def visual(self) -> Float[np.ndarray, " n"]:
+        """1 where all scenes of a story agree."""
+        return self.agreement.min(axis=1)
 
     @property
     def semantic(self) -> Float[np.ndarray, " n"]:
@@ -50,9 +55,9 @@ class Reading:
 
 def measure(found: Sequence[Story], truth: Sequence[Story]) -> Reading:
     """What was `found` in stories sampled from the prompts of `truth`."""
-    visual = [len({scene.unsaid for scene in story}) == 1 for story in found]
+    agreement = [[scene.unsaid == story[0].unsaid for scene in story] for story in found]
     matrix = [
         [[scene.said == prompt.said for prompt in told] for scene in story]
         for story, told in zip(found, truth, strict=True)
     ]
-    return Reading(np.array(visual, np.float64), np.array(matrix, np.float64))
+    return Reading(np.array(agreement, np.float64), np.array(matrix, np.float64))

@@ -43,10 +43,11 @@ def test_the_preset_fits_the_world():
     assert (model.sample_height, model.sample_width) == CODEC.sample_latents
 
 
-def test_a_table_is_drawn(tmp_path):
+@pytest.mark.parametrize("num_scenes", [3, 12])
+def test_a_table_is_drawn(tmp_path, num_scenes):
     arm = {"visual": 60.0, "visual_interval": [50, 70], "semantic": 90.0, "semantic_interval": [85, 95]}
-    result = {"claim": "one and two", "arms": {name: {**arm, "matrix": np.eye(3) * 100} for name in ("one", "two")}}
-    plots.plot_table(result, tmp_path / "table.png")
+    arm |= {"matrix": np.eye(num_scenes) * 100, "agreement_with_first": [100] * num_scenes}
+    plots.plot_table({"claim": "one and two", "arms": {"one": arm, "two": arm}}, tmp_path / "table.png")
     assert min(Image.open(tmp_path / "table.png").size) > 300
 
 
