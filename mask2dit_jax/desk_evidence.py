@@ -15,20 +15,21 @@ from tqdm import tqdm
 
 from mask2dit_jax.desk import evidence, plots
 from mask2dit_jax.desk.dataset import write_stories, write_world
-from mask2dit_jax.desk.findings import FINDINGS, NUM_TRAINING_STORIES, Finding
+from mask2dit_jax.desk.findings import FINDINGS, NUM_TRAINING_STORIES, SEEDS, Finding
 from mask2dit_jax.desk.runs import train
 from mask2dit_jax.desk.world import draw_stories
 from mask2dit_jax.errors import UserError, run_main
 
 _FINDING = flags.DEFINE_enum("finding", "table2", list(FINDINGS), "What to show.")
 _OUTPUT = flags.DEFINE_string("output", "desk", "Folder for data, runs and results.")
+_SEEDS = flags.DEFINE_integer("seeds", len(SEEDS), "Training seeds.", lower_bound=1, upper_bound=len(SEEDS))
 _JOBS = flags.DEFINE_integer("jobs", 2, "Runs that train side by side, a thread each.", lower_bound=1)
 
 
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --finding=NAME --output=DIR")
-    finding, output = FINDINGS[_FINDING.value], Path(_OUTPUT.value)
+    finding, output = FINDINGS[_FINDING.value].with_seeds(_SEEDS.value), Path(_OUTPUT.value)
     _prepare_world(output)
     jax.config.update("jax_compilation_cache_dir", str(output / "compiled"))
     with ThreadPoolExecutor(_JOBS.value) as pool:

@@ -33,6 +33,11 @@ class Finding:
     claim: str
     arms: tuple[Arm, ...]
 
+    def with_seeds(self, count: int) -> "Finding":
+        """The same with the first `count` training seeds alone: a quicker, rougher look."""
+        arms = tuple(dataclasses.replace(arm, runs=arm.runs[:count]) for arm in self.arms)
+        return dataclasses.replace(self, arms=arms)
+
     @property
     def runs(self) -> tuple[Run, ...]:
         """All training runs, each once; an arm's first seed comes first, so that an early look shows all arms."""
