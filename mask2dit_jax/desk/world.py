@@ -1,6 +1,6 @@
 """The story world: stories of which everything is known, some of it said in the captions and some never.
 
-A scene is two frames of 4 x 4 pixels: a square crosses a background from one side to the other.
+A scene is two frames of 4 x 4 pixels: a square crosses a background along one of its edges.
 
     said, drawn anew for every scene       the square's colour (4) and the way it moves (4): "red left"
     unsaid, one for the whole story        the background's palette (3) and its pattern (3)
@@ -22,7 +22,10 @@ _ACTOR = 2  # side of the square, in pixels
 
 # In [-1, 1]. The words are single tokens of the tiny preset's vocabulary.
 COLOURS = {"red": (1, -1, -1), "yellow": (1, 1, -1), "white": (1, 1, 1), "black": (-1, -1, -1)}
-DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # rows, columns
+# Rows and columns: which way, and from where. Clockwise along the edges, so that one frame and the other are apart in
+# every two directions: were "left" just "right" backwards, only the order of two frames would tell them apart.
+DIRECTIONS = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
+_STARTS = {"right": (0, 0), "down": (0, 2), "left": (2, 2), "up": (2, 0)}
 PALETTES = {"sea": (-0.5, 0.0, 0.5), "plum": (0.5, -0.5, 0.0), "moss": (0.0, 0.5, -0.5)}
 PATTERNS = ("rows", "columns", "checks")
 _CONTRAST = 0.45  # of a pattern, added to and taken from the palette's triple
@@ -76,8 +79,9 @@ def render(scene: Scene) -> UInt8[np.ndarray, "f h w 3"]:
     light = {"rows": rows, "columns": columns, "checks": rows ^ columns}[scene.unsaid.pattern]
     background = np.array(PALETTES[scene.unsaid.palette]) + _CONTRAST * (2 * light[..., None] - 1)
     frames = np.stack([background] * NUM_FRAMES)
-    for side, frame in zip((-1, 1), frames, strict=True):
-        top, left = ((SIDE - _ACTOR) // 2 + side * way for way in DIRECTIONS[scene.said.direction])
+    for number, frame in enumerate(frames):
+        way, start = DIRECTIONS[scene.said.direction], _STARTS[scene.said.direction]
+        top, left = (at + number * _ACTOR * step for at, step in zip(start, way, strict=True))
         frame[top : top + _ACTOR, left : left + _ACTOR] = COLOURS[scene.said.colour]
     return ((frames + 1) * 127.5).round().astype(np.uint8)
 
