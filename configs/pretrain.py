@@ -6,7 +6,7 @@
 The paper: 10,000 steps, 8 videos of 3 x 49 frames at 480 x 720 a step. `:tiny` is what `make demo` runs.
 """
 
-from configs import common, slices
+from configs import common, desk, slices
 
 
 def get_config(preset: str = ""):
@@ -18,4 +18,4 @@ def get_config(preset: str = ""):
     if preset == "tiny":
         config.num_steps = config.optimizer.decay_steps = 200
         config.data.max_stride = 2  # the shortest shot has 30 frames
-    return slices.adapted(config, slice_name)
+    return desk.adapted(slices.adapted(config, slice_name))

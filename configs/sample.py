@@ -13,13 +13,13 @@ or picture before those of new scenes.
 The paper: 50 steps, guidance 6, 8 frames a second. `:tiny` samples the demo's story from `make demo`'s checkpoint.
 """
 
-from configs import common, slices
+from configs import common, desk, slices
 
 
 def get_config(preset: str = ""):
     preset, _, slice_name = preset.partition(",")
     config = common.common(preset)
-    tiny = preset == "tiny"
+    tiny = preset in common.SMALL
     config.update(
         {
             "checkpoint": "workdir/sft" if tiny else "",  # a training workdir; empty: the transformer of `pretrained`
@@ -39,4 +39,4 @@ def get_config(preset: str = ""):
             "decode_chunking": "mask2dit",  # or "diffusers"
         }
     )
-    return slices.adapted(config, slice_name)
+    return desk.adapted(slices.adapted(config, slice_name))

@@ -17,8 +17,9 @@ from jaxtyping import Float32, Int32, UInt8
 from mask2dit_jax.axes import Array, Floats
 from mask2dit_jax.data.embeddings import EmbeddingCache
 from mask2dit_jax.data.text import load_tokenizer, tokenize
+from mask2dit_jax.models import codec
 from mask2dit_jax.models.t5 import T5Encoder
-from mask2dit_jax.models.vae import VAE, Posterior, decode_chunks, encode_chunks
+from mask2dit_jax.models.vae import Posterior
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.mesh import local_mesh
 from mask2dit_jax.parallel.module import abstract_module
@@ -75,7 +76,7 @@ class VideoCodec:
     def __init__(self, pretrained: epath.PathLike, dtype, chunking: str = "mask2dit"):
         self.config = load_config(pretrained, "vae")
         self._mesh = local_mesh(tiles=self.config.sample_latents)
-        graph, params = abstract_module(VAE, self.config, dtype, self._mesh, sharding.VAE)
+        graph, params = abstract_module(codec.module_class(self.config), self.config, dtype, self._mesh, sharding.VAE)
         shardings = jax.tree.map(lambda x: x.sharding, params)
         self._params = load_params(pretrained, "vae", self.config, dtype=dtype, shardings=shardings)
         self._chunking = chunking
@@ -87,7 +88,7 @@ class VideoCodec:
         posterior = self._posterior(pixels)
         return posterior.mean[0], posterior.logvar[0]
 
-    def sample(self, pixels: Float32[np.ndarray, "f h w 3"], key: Array) -> Floats["f h w c"]:
+    def sample(self, pixels: Float32[np.ndarray, "f h w 3"], key: Array) -> Floats["_f _h _w c"]:
         """Frames in [-1, 1] -> latents as the DiT sees them: drawn from the posterior, scaled."""
         return self._posterior(pixels).sample(key)[0] * self.config.scaling_factor
 
@@ -99,10 +100,10 @@ class VideoCodec:
         """The same, a time chunk after the other: memory does not grow with the scene, and the devices are at the next
         chunk while the caller writes this one."""
         latents = np.asarray(latents)
-        return self._in_turn(self._decode, latents, decode_chunks(len(latents), self._chunking))
+        return self._in_turn(self._decode, latents, codec.decode_chunks(self.config, len(latents), self._chunking))
 
     def _posterior(self, pixels) -> Posterior:
-        chunks = self._in_turn(self._encode, pixels, encode_chunks(self.config, pixels.shape[:3]))
+        chunks = self._in_turn(self._encode, pixels, codec.encode_chunks(self.config, pixels.shape[:3]))
         return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)
 
     def _in_turn(self, run: Callable, x: np.ndarray, chunks: Sequence[slice]) -> Iterator:
@@ -124,14 +125,14 @@ def text_encode(graph: nnx.GraphDef):
 
 def video_encode(graph: nnx.GraphDef):
     """`(params, chunk of pixels (f h w 3), cache) -> (Posterior, cache)` of one scene."""
-    return lambda params, pixels, cache: VAE.encode_chunk(nnx.merge(graph, params), pixels[None], cache)
+    return lambda params, pixels, cache: nnx.merge(graph, params).encode_chunk(pixels[None], cache)
 
 
 def video_decode(graph: nnx.GraphDef, scaling_factor: float):
     """`(params, chunk of scaled latents (f h w c), cache) -> (frames (f h w 3) as bytes, cache)` of one scene."""
 
     def run(params, latents, cache):
-        pixels, cache = VAE.decode_chunk(nnx.merge(graph, params), latents[None] / scaling_factor, cache)
+        pixels, cache = nnx.merge(graph, params).decode_chunk(latents[None] / scaling_factor, cache)
         return to_uint8(pixels[0]), cache
 
     return run

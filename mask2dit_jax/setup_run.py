@@ -16,10 +16,10 @@ from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import dit, vae
+from mask2dit_jax.models.codec import CodecConfig
 from mask2dit_jax.models.dit import DiTConfig
 from mask2dit_jax.models.lora import PATTERN, LoRAConfig
 from mask2dit_jax.models.t5 import T5Config
-from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.ops import attention, masks
 from mask2dit_jax.port.pretrained import load_config
 from mask2dit_jax.sampling.generate import SamplingConfig
@@ -135,18 +135,18 @@ def pretrained_directory(name: str) -> Path | str:
     return ASSETS / "tiny" if name == "tiny" else name
 
 
-def check_sizes(config: ConfigDict, vae: VAEConfig, patch_size: int) -> None:
+def check_sizes(config: ConfigDict, vae: CodecConfig, patch_size: int) -> None:
     multiple = vae.spatial_compression_ratio * patch_size
     for name in ("height", "width"):
         if config[name] < multiple or config[name] % multiple:
             raise UserError(f"{name}={config[name]} is no multiple of {multiple} (VAE times patch); choose one")
     time = vae.temporal_compression_ratio
-    if config.num_frames < 1 or config.num_frames % time != 1:
+    if config.num_frames < 1 or (config.num_frames - 1) % time:
         nearest = max(1, round((config.num_frames - 1) / time) * time + 1)
         raise UserError(f"num_frames={config.num_frames} is not of the form {time}k + 1; the nearest is {nearest}")
 
 
-def scene_layout(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> SceneLayout:
+def scene_layout(config: ConfigDict, model: DiTConfig, vae: CodecConfig) -> SceneLayout:
     """Of one training sample, or of one sampling window."""
     check_sizes(config, vae, model.patch_size)
     frames = (config.num_frames - 1) // vae.temporal_compression_ratio + 1
@@ -154,18 +154,18 @@ def scene_layout(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> SceneL
     return model.layout((frames,) * config.num_scenes, config.height // space, config.width // space)
 
 
-def model_from_scratch(config: ConfigDict, vae: VAEConfig, text_encoder: T5Config) -> DiTConfig:
+def model_from_scratch(config: ConfigDict, vae: CodecConfig, text_encoder: T5Config) -> DiTConfig:
     """The sizes in the config, between the VAE and the text encoder."""
     sizes = {"latent_channels": vae.latent_channels, "text_embed_dim": text_encoder.width}
     return DiTConfig(**config.model.to_dict(), **sizes, mask=config.mask)
 
 
-def encoder_configs(pretrained) -> tuple[VAEConfig, T5Config]:
+def encoder_configs(pretrained) -> tuple[CodecConfig, T5Config]:
     return load_config(pretrained, "vae"), load_config(pretrained, "text_encoder")
 
 
 def train_program(
-    config: ConfigDict, mesh: Mesh, model: DiTConfig, vae: VAEConfig, schedule: ScheduleConfig
+    config: ConfigDict, mesh: Mesh, model: DiTConfig, vae: CodecConfig, schedule: ScheduleConfig
 ) -> TrainProgram:
     """What the config trains, on `mesh`; of several layouts of scenes, that of the data."""
     lora = LoRAConfig(config.lora.rank, config.lora.alpha) if config.lora.rank else None
@@ -191,7 +191,7 @@ def train_program(
 
 
 def train_programs(
-    config: ConfigDict, mesh: Mesh, model: DiTConfig, vae: VAEConfig, schedule: ScheduleConfig
+    config: ConfigDict, mesh: Mesh, model: DiTConfig, vae: CodecConfig, schedule: ScheduleConfig
 ) -> tuple[TrainProgram, ...]:
     """One for each layout of scenes in `scene_frames`; they share their state."""
     program = train_program(config, mesh, model, vae, schedule)

@@ -31,10 +31,10 @@ from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.encoders import text_encode, video_decode, video_encode
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.models import flops
+from mask2dit_jax.models import codec, flops
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
-from mask2dit_jax.models.vae import VAE, VAEConfig, decode_chunks, encode_chunks
+from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.ops.attention_splash import FORWARD_PRODUCTS, splash_work
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.chips import Topology, parse_topology, prepare_compiler
@@ -82,7 +82,7 @@ class Sizes:
     """Of all that a job is made of: read from `pretrained`, or CogVideoX's own where nothing is downloaded yet."""
 
     model: DiTConfig
-    vae: VAEConfig
+    vae: codec.CodecConfig
     text_encoder: T5Config
     schedule: ScheduleConfig
 
@@ -100,7 +100,7 @@ class Sizes:
         return cls(_transformer_sizes(config, vae, text_encoder), vae, text_encoder, schedule)
 
 
-def _transformer_sizes(config: ConfigDict, vae: VAEConfig, text_encoder: T5Config) -> DiTConfig:
+def _transformer_sizes(config: ConfigDict, vae: codec.CodecConfig, text_encoder: T5Config) -> DiTConfig:
     """Those of the weights that the config names; else, as in training from scratch, the config's or its preset's."""
     stored = config.get("checkpoint") or config.get("init_from") or config.pretrained
     source = TransformerSource.find(stored) if stored else None
@@ -142,32 +142,20 @@ def _compile_encoders(config: ConfigDict, topology: Topology, sizes: Sizes, deco
     host, frames = topology.host(), (config.num_frames, config.height, config.width)
     text_mesh, vae_mesh = local_mesh(devices=host.devices()), local_mesh(tuple(latent_size), host.devices())
     text_graph, text_params = abstract_module(T5Encoder, sizes.text_encoder, dtype, text_mesh, sharding.T5)
-    vae_graph, vae_params = abstract_module(VAE, sizes.vae, dtype, vae_mesh, sharding.VAE)
-    programs = [
-        (
-            "text encode",
-            text_mesh,
-            text_encode(text_graph),
-            text_params,
-            _replicated(text_mesh, (1, layout.text_tokens), jnp.int32),
-        ),
-        *_chunk_programs(
-            "vae encode", vae_mesh, video_encode(vae_graph), vae_params, (*frames, 3), encode_chunks(sizes.vae, frames)
-        ),
-    ]
+    vae_graph, vae_params = abstract_module(codec.module_class(sizes.vae), sizes.vae, dtype, vae_mesh, sharding.VAE)
+    ids = _replicated(text_mesh, (1, layout.text_tokens), jnp.int32)
+    programs = [("text encode", text_mesh, text_encode(text_graph), text_params, ids)]
+    encode, chunks = video_encode(vae_graph), codec.encode_chunks(sizes.vae, frames)
+    programs += _chunk_programs("vae encode", vae_mesh, encode, vae_params, (*frames, 3), chunks)
     if decode:
         latents = (layout.frames[0], *latent_size, sizes.vae.latent_channels)
-        run, chunks = (
-            video_decode(vae_graph, sizes.vae.scaling_factor),
-            decode_chunks(latents[0], config.decode_chunking),
-        )
+        chunks = codec.decode_chunks(sizes.vae, latents[0], config.decode_chunking)
+        run = video_decode(vae_graph, sizes.vae.scaling_factor)
         programs += _chunk_programs("vae decode", vae_mesh, run, vae_params, latents, chunks)
 
     def lower(run, *arguments):
-        # A chunk's cache is overwritten by the next one.
-        return (
-            jax.jit(run, donate_argnums=range(2, len(arguments))).trace(*arguments).lower(lowering_platforms=("tpu",))
-        )
+        overwritten = range(2, len(arguments))  # a chunk's cache, by the next one's
+        return jax.jit(run, donate_argnums=overwritten).trace(*arguments).lower(lowering_platforms=("tpu",))
 
     return [
         _compile(name, functools.partial(lower, *program), mesh, host, ModelFlops(0, 0))

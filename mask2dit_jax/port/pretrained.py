@@ -11,7 +11,7 @@ layout) in place of the safetensors: what `port_weights` makes, read without any
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,9 +22,9 @@ from flax import nnx
 
 from mask2dit_jax.diffusion.schedule import ScheduleConfig
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.models import codec
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
-from mask2dit_jax.models.vae import VAE, VAEConfig
 from mask2dit_jax.port import dit, t5, vae
 from mask2dit_jax.port.table import Rule
 from mask2dit_jax.port.weights import load_state, open_weights, read_json, save_weights, write_json
@@ -37,25 +37,25 @@ SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """How one folder becomes a module: its classes, its port table, and the name of its safetensors files."""
+    """How one folder becomes a module: its config, its class, its port table, and the name of its safetensors files."""
 
     name: str
-    config_class: Any
-    module_class: Callable[..., nnx.Module]
+    read_config: Callable[[Mapping[str, Any]], Any]
+    module_class: Callable[[Any], type[nnx.Module]]
     table: Callable[[Any], tuple[Rule, ...]]
     weights_name: str
 
     def module(self, config, **kwargs) -> nnx.Module:
         """The module without memory: every parameter is a shape."""
-        return nnx.eval_shape(lambda: self.module_class(config, rngs=nnx.Rngs(0), **kwargs))
+        return nnx.eval_shape(lambda: self.module_class(config)(config, rngs=nnx.Rngs(0), **kwargs))
 
 
 COMPONENTS = {
     c.name: c
     for c in (
-        Component("transformer", DiTConfig, DiT, dit.table, "diffusion_pytorch_model"),
-        Component("vae", VAEConfig, VAE, lambda config: vae.TABLE, "diffusion_pytorch_model"),
-        Component("text_encoder", T5Config, T5Encoder, lambda config: t5.TABLE, "model"),
+        Component("transformer", DiTConfig.from_json, lambda config: DiT, dit.table, "diffusion_pytorch_model"),
+        Component("vae", codec.read_config, codec.module_class, lambda config: vae.TABLE, "diffusion_pytorch_model"),
+        Component("text_encoder", T5Config.from_json, lambda config: T5Encoder, lambda config: t5.TABLE, "model"),
     )
 }
 
@@ -70,7 +70,7 @@ def load_config(directory: epath.PathLike, name: str):
     directory = epath.Path(directory)
     if not directory.exists():
         raise UserError(f"pretrained directory {directory} does not exist; give the directory that holds {name}/")
-    return COMPONENTS[name].config_class.from_json(read_json(directory / name / "config.json"))
+    return COMPONENTS[name].read_config(read_json(directory / name / "config.json"))
 
 
 def load_schedule(directory: epath.PathLike) -> ScheduleConfig:
@@ -87,6 +87,8 @@ def load_params(directory: epath.PathLike, name: str, config, *, dtype=None, sha
     state = nnx.state(component.module(config))
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, state)
+    if not jax.tree.leaves(state):
+        return state
     logging.info("reading %s", folder)
     if (folder / PARAMS).exists():
         return _restore(folder / PARAMS, state, dtype, shardings)

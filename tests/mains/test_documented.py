@@ -42,7 +42,7 @@ def test_configs(stage, preset):
     assert config.condition_probability == {"pretrain": 0, "sft": 0.5}[stage]
     OptimizerConfig(**config.optimizer.to_dict())
     sizes = DiTConfig(**config.model.to_dict())
-    assert preset == "tiny" or sizes == {"2b": DiTConfig.cogvideox_2b, "5b": DiTConfig.cogvideox_5b}[preset]()
+    assert preset in common.SMALL or sizes == {"2b": DiTConfig.cogvideox_2b, "5b": DiTConfig.cogvideox_5b}[preset]()
 
 
 @pytest.mark.parametrize(("name", "size"), slices.TRAINING)
@@ -80,7 +80,8 @@ def dry_run(target: str) -> str:
 
 
 def in_makefile() -> list[str]:
-    return [line.partition("bin/")[2] for line in dry_run("demo").splitlines() if "-m mask2dit_jax." in line]
+    lines = [line for target in ("demo", "desk") for line in dry_run(target).splitlines()]
+    return [line.partition("bin/")[2] for line in lines if "-m mask2dit_jax." in line]
 
 
 @pytest.mark.parametrize("command", [*in_readme(), *in_makefile()])
@@ -119,7 +120,7 @@ def test_stories(text, tmp_path):
 
 def test_the_readme_shows_the_programs():
     modules = {shlex.split(command)[2] for command in in_readme()}
-    mains = ("build_data", "train", "train_compile", "sample", "report", "port_weights")
+    mains = ("build_data", "train", "train_compile", "sample", "report", "port_weights", "desk_evidence")
     assert modules == {f"mask2dit_jax.{main}" for main in mains}
 
 
@@ -128,6 +129,7 @@ def test_the_readme_shows_the_programs():
     [
         ("setup", ["-m venv .venv", '".[demo,test]"']),
         ("demo", ["train --config=configs/sft.py:tiny", "sample --config=configs/sample.py:tiny --output=demo"]),
+        ("desk", ["desk_evidence --finding=table2 --output=desk"]),
         ("test", ["-m pytest"]),
         ("lint", ["ruff check", "ruff format --check", "lint-imports"]),
     ],

@@ -1,0 +1,80 @@
+"""From trained runs to a table: sample the same stories from each, read them, average, with intervals."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mask2dit_jax.data.output_file import atomic_output
+from mask2dit_jax.desk.bootstrap import interval
+from mask2dit_jax.desk.findings import Arm, Finding
+from mask2dit_jax.desk.readers import Reading, measure, read_stories
+from mask2dit_jax.desk.runs import Run
+from mask2dit_jax.desk.stories import Protocol, StoryMaker
+from mask2dit_jax.desk.world import Story, draw_stories
+
+NUM_STORIES = 128
+_SEED = 1_000_003  # of the stories that are sampled; training stories have another
+
+
+def evaluation_stories(protocol: Protocol) -> list[Story]:
+    """The truth to sample: prompts of a story differ as long as there are enough of them."""
+    return draw_stories(_SEED, NUM_STORIES, num_scenes=protocol.num_scenes, distinct=protocol.num_scenes <= 16)
+
+
+def sampled(run: Run, protocol: Protocol, output: Path) -> np.ndarray:
+    """The evaluation stories as this run makes them, (n s f h w 3) uint8: from disk if they were made before."""
+    path = run.workdir(output) / f"{protocol.name}.npz"
+    if not path.exists():
+        maker = StoryMaker(run.workdir(output), output / "world" / "pretrained", protocol.condition)
+        stories = maker(evaluation_stories(protocol), protocol)
+        with atomic_output(path) as partial:
+            np.savez_compressed(partial, stories=stories)
+    return np.load(path)["stories"]
+
+
+def read_run(run: Run, protocol: Protocol, output: Path) -> Reading:
+    return measure(read_stories(sampled(run, protocol, output)), evaluation_stories(protocol))
+
+
+def table(finding: Finding, output: Path) -> dict:
+    """The finding's figures in percent."""
+    arms = {arm.label: summary([read_run(run, arm.protocol, output) for run in arm.runs], arm) for arm in finding.arms}
+    return {"finding": finding.name, "claim": finding.claim, "unit": "%", "arms": arms}
+
+
+def summary(readings: Sequence[Reading], arm: Arm) -> dict:
+    """Visual and semantic of an arm: means, 95 % intervals over stories and seeds, and of each seed; the matrix.
+
+    Scenes that were given are part of what has to agree, but what they show is nobody's merit.
+    """
+    new = range(arm.protocol.num_known, arm.protocol.num_scenes)
+    measures = {
+        "visual": np.stack([reading.visual for reading in readings]),
+        "semantic": np.stack([reading.matrix[:, new, new].mean(axis=1) for reading in readings]),
+    }
+    result: dict = {}
+    for name, values in measures.items():
+        result[name] = _percent(values.mean())
+        result[f"{name}_interval"] = [_percent(end) for end in interval(values)]
+        result[f"{name}_by_seed"] = [_percent(mean) for mean in values.mean(axis=1)]
+    matrix = np.mean([reading.matrix.mean(axis=0) for reading in readings], axis=0)
+    result["matrix"] = [[_percent(share) for share in row] for row in matrix]
+    result["agreement_with_first"] = [
+        _percent(share) for share in np.mean([reading.agreement.mean(axis=0) for reading in readings], axis=0)
+    ]
+    result["seeds"] = [run.seed for run in arm.runs]
+    result["num_stories"] = len(readings[0].visual)
+    result["settings"] = {**dict(arm.runs[0].fields), **dataclasses.asdict(arm.protocol)}
+    return result
+
+
+def write_table(result: dict, path: Path) -> None:
+    with atomic_output(path) as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _percent(share: float) -> float:
+    return round(100 * float(share), 2)

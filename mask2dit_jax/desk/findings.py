@@ -1,0 +1,90 @@
+"""The paper's findings as comparisons: which runs, sampled how, under which name."""
+
+import dataclasses
+
+from mask2dit_jax.desk.runs import Run
+from mask2dit_jax.desk.stories import Protocol
+
+SEEDS = (0, 1, 2)
+NUM_TRAINING_STORIES = 4000
+MASKS = ("v1", "v2", "v3", "v4", "v5")
+PROBABILITIES = (0.0, 0.5, 0.9)
+
+FIXED = Protocol()
+EXTENSION = Protocol("extension", num_known=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: a training run for each seed, all sampled in the same way."""
+
+    label: str
+    runs: tuple[Run, ...]
+    protocol: Protocol = FIXED
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Attributes:
+    claim: what the paper says of it.
+    """
+
+    name: str
+    claim: str
+    arms: tuple[Arm, ...]
+
+    def with_seeds(self, count: int) -> "Finding":
+        """The same with the first `count` training seeds alone: a quicker, rougher look."""
+        arms = tuple(dataclasses.replace(arm, runs=arm.runs[:count]) for arm in self.arms)
+        return dataclasses.replace(self, arms=arms)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All training runs, each once; an arm's first seed comes first, so that an early look shows all arms."""
+        by_seed = zip(*(arm.runs for arm in self.arms), strict=True)
+        return tuple(dict.fromkeys(run for runs in by_seed for run in runs))
+
+
+def _runs(name: str, **fields) -> tuple[Run, ...]:
+    settings = tuple((field.replace("__", "."), value) for field, value in fields.items())
+    return tuple(Run(f"{name}-{seed}", seed, settings) for seed in SEEDS)
+
+
+_BY_MASK = {mask: _runs(f"table2-{mask}", mask=mask) for mask in MASKS}
+_V2 = _BY_MASK["v2"]
+_BY_PROBABILITY = {
+    p: _V2 if p == 0.5 else _runs(f"table4-p{round(100 * p):03d}", condition_probability=p) for p in PROBABILITIES
+}
+
+TABLE_2 = Finding(
+    "table2",
+    "v1 keeps scenes apart, v2 and v3 agree and obey, v4 and v5 agree and do not obey",
+    tuple(Arm(mask, runs) for mask, runs in _BY_MASK.items()),
+)
+TABLE_4 = Finding(
+    "table4",
+    "training with the conditional mask is what lets a model extend; too much of it costs fixed scenes",
+    tuple(
+        Arm(f"p={p:g} {protocol.name}", runs, protocol)
+        for protocol in (EXTENSION, FIXED)
+        for p, runs in _BY_PROBABILITY.items()
+    ),
+)
+# The rest needs no run of its own: the runs of v2, sampled in other ways.
+CONDITION = Finding(
+    "condition",
+    "known scenes shown clean (as in training) or noised at t = 0 (as the released model was sampled)",
+    tuple(
+        Arm(protocol.condition, _V2, protocol)
+        for protocol in (EXTENSION, Protocol("extension-noised", num_known=2, condition="noised"))
+    ),
+)
+LONG = Finding(
+    "long",
+    "stories of twelve scenes: three together, then one at a time; latents carried on, or through 8-bit pixels",
+    tuple(
+        Arm("re-encoded" if protocol.reencode else "carried", _V2, protocol)
+        for protocol in (Protocol("long", num_scenes=12), Protocol("long-reencoded", num_scenes=12, reencode=True))
+    ),
+)
+FINDINGS = {finding.name: finding for finding in (TABLE_2, TABLE_4, CONDITION, LONG)}

@@ -1,0 +1,76 @@
+"""A lossless codec in the VAE's place: squares of pixels become channels, frame by frame, and back.
+
+It is what the desk-scale evidence trains on (`vae/config.json` with `_class_name` SpaceToDepth): nothing between a
+truth that is known exactly and what is read off a sampled picture blurs either, and it costs nothing.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from mask2dit_jax.axes import Floats
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.models.vae import LOGVAR_RANGE, Posterior
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceToDepthConfig:
+    """Attributes:
+    spatial_compression_ratio: side of the squares of pixels that become channels.
+    scaling_factor: the DiT sees latents times this.
+    sample_height, sample_width: of the videos it is meant for.
+    """
+
+    spatial_compression_ratio: int
+    scaling_factor: float = 1.0
+    sample_height: int = 8
+    sample_width: int = 8
+
+    CLASS_NAME = "SpaceToDepth"
+    temporal_compression_ratio = 1
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "SpaceToDepthConfig":
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in raw]
+        if missing:
+            raise UserError(f"{cls.CLASS_NAME} config: {', '.join(missing)} missing; write the file anew")
+        return cls(**{f.name: f.type(raw[f.name]) for f in dataclasses.fields(cls)})
+
+    def to_json(self) -> dict[str, Any]:
+        return {"_class_name": self.CLASS_NAME, **dataclasses.asdict(self)}
+
+    @property
+    def latent_channels(self) -> int:
+        return 3 * self.spatial_compression_ratio**2
+
+    @property
+    def sample_latents(self) -> tuple[int, int]:
+        """Latent rows and columns of the videos it is meant for."""
+        return self.sample_height // self.spatial_compression_ratio, self.sample_width // self.spatial_compression_ratio
+
+
+class SpaceToDepth(nnx.Module):
+    """The VAE's methods, without parameters. The posterior has no spread worth the name."""
+
+    def __init__(self, config: SpaceToDepthConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        self.config = config
+
+    def encode(self, pixels: Floats["b f h w c"]) -> Posterior:
+        side = self.config.spatial_compression_ratio
+        mean = rearrange(pixels.astype(jnp.float32), "b f (h p) (w q) c -> b f h w (p q c)", p=side, q=side)
+        return Posterior(mean, jnp.full_like(mean, LOGVAR_RANGE[0]))
+
+    def decode(self, latents: Floats["b f h w c"], chunking: str = "") -> Floats["b f _h _w 3"]:
+        """`chunking` makes no difference: frames are apart."""
+        side = self.config.spatial_compression_ratio
+        return rearrange(latents.astype(jnp.float32), "b f h w (p q c) -> b f (h p) (w q) c", p=side, q=side)
+
+    def encode_chunk(self, pixels: Floats["b f h w c"], cache: None) -> tuple[Posterior, None]:
+        return self.encode(pixels), cache
+
+    def decode_chunk(self, latents: Floats["b f h w c"], cache: None) -> tuple[Floats["b f _h _w 3"], None]:
+        return self.decode(latents), cache

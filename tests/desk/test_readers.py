@@ -1,0 +1,52 @@
+"""The readers score 100 % on the truth and chance on noise, and tell one mistake from another."""
+
+import numpy as np
+import pytest
+
+from mask2dit_jax.desk.readers import measure, read_scenes, read_stories
+from mask2dit_jax.desk.world import ALL_SAID, ALL_SCENES, ALL_UNSAID, Scene, Unsaid, draw_stories, render
+
+TRUTH = draw_stories(5, 3000, distinct=True)
+
+
+def frames_of(stories) -> np.ndarray:
+    return np.stack([[render(scene) for scene in story] for story in stories])
+
+
+def test_every_scene_is_read_as_it_is_also_through_noise():
+    frames = np.stack([render(scene) for scene in ALL_SCENES])
+    noise = np.random.default_rng(0).normal(0, 25, frames.shape)
+    noisy = np.clip(frames + noise, 0, 255).astype(np.uint8)
+    assert read_scenes(frames) == list(ALL_SCENES)
+    assert read_scenes(noisy) == list(ALL_SCENES)
+
+
+def test_truth_scores_everything():
+    reading = measure(read_stories(frames_of(TRUTH[:200])), TRUTH[:200])
+    assert reading.visual.mean() == reading.semantic.mean() == 1
+    np.testing.assert_array_equal(reading.matrix.mean(axis=0), np.eye(3))
+
+
+def test_noise_scores_chance():
+    noise = np.random.default_rng(0).integers(0, 256, (len(TRUTH), *frames_of(TRUTH[:1]).shape[1:])).astype(np.uint8)
+    reading = measure(read_stories(noise), TRUTH)
+    chance_visual, chance_semantic = 1 / len(ALL_UNSAID) ** 2, 1 / len(ALL_SAID)
+    spread = 4 * np.sqrt(chance_visual / len(TRUTH))  # of a binomial; no choice of the world is easier to hit
+    assert reading.visual.mean() == pytest.approx(chance_visual, abs=spread)
+    np.testing.assert_allclose(reading.matrix.mean(axis=0), chance_semantic, atol=4 * np.sqrt(1 / 16 / len(TRUTH)))
+
+
+def test_one_scene_that_differs_in_one_unsaid_thing_is_no_story():
+    story = next(story for story in TRUTH if story[0].unsaid == Unsaid("sea", "rows"))
+    for other in (Unsaid("plum", "rows"), Unsaid("sea", "checks")):
+        changed = (*story[:2], Scene(other, story[2].said))
+        reading = measure(read_stories(frames_of([changed])), [story])
+        assert reading.visual.mean() == 0
+        assert reading.semantic.mean() == 1
+
+
+def test_prompts_that_went_to_the_wrong_scenes_show_in_the_matrix():
+    shifted = [tuple(Scene(scene.unsaid, story[i - 1].said) for i, scene in enumerate(story)) for story in TRUTH[:100]]
+    reading = measure(read_stories(frames_of(shifted)), TRUTH[:100])
+    assert reading.semantic.mean() == 0
+    np.testing.assert_array_equal(reading.matrix.mean(axis=0), np.roll(np.eye(3), -1, axis=1))
