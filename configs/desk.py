@@ -10,9 +10,6 @@ MODEL = {
     "head_dim": 16,
     "num_layers": 3,
     "time_embed_dim": 64,
-    # Positions as in CogVideoX-2b, in the tokens: with rotations alone a model this small learns to put the square where
-    # its caption says only after a long plateau.
-    "rope": False,
     "text_tokens": 3,  # "red left" and its end
     "sample_height": 4,
     "sample_width": 4,
@@ -28,13 +25,13 @@ COMMON = {
 }
 TRAINING = {
     "global_batch_size": 32,
-    "checkpoint_every": 400,
+    "checkpoint_every": 800,
     "keep_checkpoints": 1,
     "log_every": 50,
-    "num_steps": 400,
+    "num_steps": 800,
     "init_from": "",
 }
-OPTIMIZER = {"learning_rate": 3e-3, "decay_steps": 400, "warmup_steps": 30}
+OPTIMIZER = {"learning_rate": 3e-3, "decay_steps": 800, "warmup_steps": 30}
 DATA = {"cache": "desk/world/cache", "max_stride": 1}
 SAMPLING = {
     "checkpoint": "desk/runs/table2-v2-0",
