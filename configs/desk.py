@@ -25,13 +25,13 @@ COMMON = {
 }
 TRAINING = {
     "global_batch_size": 32,
-    "checkpoint_every": 400,
+    "checkpoint_every": 800,
     "keep_checkpoints": 1,
     "log_every": 50,
-    "num_steps": 400,
+    "num_steps": 800,
     "init_from": "",
 }
-OPTIMIZER = {"learning_rate": 3e-3, "decay_steps": 400, "warmup_steps": 30}
+OPTIMIZER = {"learning_rate": 3e-3, "decay_steps": 800, "warmup_steps": 30}
 DATA = {"cache": "desk/world/cache", "max_stride": 1}
 SAMPLING = {
     "checkpoint": "desk/runs/table2-v2-0",

@@ -23,7 +23,7 @@ from mask2dit_jax.port.weights import write_json
 from mask2dit_jax.setup_run import ASSETS
 
 FPS = 8
-CODEC = SpaceToDepthConfig(1, scaling_factor=1.4, sample_height=SIDE, sample_width=SIDE)  # about unit variance
+CODEC = SpaceToDepthConfig(1, scaling_factor=1.5, sample_height=SIDE, sample_width=SIDE)  # about unit variance
 
 
 def write_world(folder: str | os.PathLike) -> None:

@@ -1,6 +1,6 @@
 """The story world: stories of which everything is known, some of it said in the captions and some never.
 
-A scene is two frames of 4 x 4 pixels: a square crosses a background along one of its edges.
+A scene is two frames of 4 x 4 pixels. A square stands in the middle of a background, then it has moved.
 
     said, drawn anew for every scene       the square's colour (4) and the way it moves (4): "red left"
     unsaid, one for the whole story        the background's palette (3) and its pattern (3)
@@ -18,17 +18,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 SIDE, NUM_FRAMES = 4, 2
-_ACTOR = 2  # side of the square, in pixels
+_ACTOR, _STEP = 2, 1  # pixels: side of the square, and how far it moves
 
 # In [-1, 1]. The words are single tokens of the tiny preset's vocabulary.
 COLOURS = {"red": (1, -1, -1), "yellow": (1, 1, -1), "white": (1, 1, 1), "black": (-1, -1, -1)}
-# Rows and columns: which way, and from where. Clockwise along the edges, so that one frame and the other are apart in
-# every two directions: were "left" just "right" backwards, only the order of two frames would tell them apart.
-DIRECTIONS = {"right": (0, 1), "down": (1, 0), "left": (0, -1), "up": (-1, 0)}
-_STARTS = {"right": (0, 0), "down": (0, 2), "left": (2, 2), "up": (2, 0)}
+DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # rows, columns
 PALETTES = {"sea": (-0.5, 0.0, 0.5), "plum": (0.5, -0.5, 0.0), "moss": (0.0, 0.5, -0.5)}
 PATTERNS = ("rows", "columns", "checks")
-_CONTRAST = 0.45  # of a pattern, added to and taken from the palette's triple
+_CONTRAST = 0.35  # of a pattern, added to and taken from the palette's triple
 
 TEXT_TOKENS = 3  # colour, direction, end of text
 
@@ -80,8 +77,7 @@ def render(scene: Scene) -> UInt8[np.ndarray, "f h w 3"]:
     background = np.array(PALETTES[scene.unsaid.palette]) + _CONTRAST * (2 * light[..., None] - 1)
     frames = np.stack([background] * NUM_FRAMES)
     for number, frame in enumerate(frames):
-        way, start = DIRECTIONS[scene.said.direction], _STARTS[scene.said.direction]
-        top, left = (at + number * _ACTOR * step for at, step in zip(start, way, strict=True))
+        top, left = ((SIDE - _ACTOR) // 2 + number * _STEP * way for way in DIRECTIONS[scene.said.direction])
         frame[top : top + _ACTOR, left : left + _ACTOR] = COLOURS[scene.said.colour]
     return ((frames + 1) * 127.5).round().astype(np.uint8)
 
