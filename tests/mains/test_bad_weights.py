@@ -104,8 +104,10 @@ def test_training(commands, copy, dataset, pretrain_workdir, tmp_path):
     assert "scheduler_config.json" in fail(pretrained=copy)
 
 
-def test_damaged_checkpoint(commands, pretrain_workdir, dataset, tmp_path):
+def test_the_only_checkpoint_is_damaged(commands, pretrain_workdir, dataset, tmp_path):
+    """It is kept under another name, and the run does not begin anew unasked."""
     workdir = shutil.copytree(pretrain_workdir, tmp_path / "run")
     (workdir / "checkpoints" / "2" / "record" / "metadata").write_text("{")
     line = commands.fail("train", *commands.train_flags("pretrain", workdir, dataset.csv))
-    assert f"checkpoint {workdir / 'checkpoints' / '2'} is damaged" in line
+    assert f"no checkpoint in {workdir / 'checkpoints'} can be read, and all are set aside as damaged-STEP" in line
+    assert (workdir / "checkpoints" / "damaged-2" / "params").is_dir()
