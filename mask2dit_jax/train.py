@@ -6,6 +6,7 @@ A run started again in the same workdir goes on from its newest checkpoint. SIGT
 143. docs/training.md says what is logged.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Iterator
@@ -61,8 +62,8 @@ def main(argv):
         with jax.set_mesh(mesh):
             state = _start_state(programs[0], start, source, manager)
             rows = local_rows(programs[0].abstract_batch)
-            watch = Watch(config, programs, pretrained, workdir, data, rows)
-            with StopRequest() as stop:
+            with _open_writer(workdir) as writer, StopRequest() as stop:
+                watch = Watch(config, programs, pretrained, workdir, data, rows, writer)
                 last = _run(config, state, _placed(config, programs, data, int(state.step), rows), watch, manager, stop)
     if last < config.num_steps:
         logging.info("stopped: step %d, checkpoints in %s", last, workdir)
@@ -104,13 +105,12 @@ def _run(
 class Watch:
     """What is looked at while a run goes, and where it is written."""
 
-    def __init__(self, config: ConfigDict, programs, pretrained, workdir, data: TrainingData, rows):
+    def __init__(self, config: ConfigDict, programs, pretrained, workdir, data: TrainingData, rows, writer):
         self.program = programs[0]
         self.is_first = jax.process_index() == 0
         self._config, self._data, self._rows = config, data, rows
-        self._writer = SummaryWriter(str(workdir)) if self.is_first else None
         self.log = MetricsLog(
-            self._writer,
+            writer,
             config.log_every,
             learning_rate(self.program.optimizer),
             samples_per_step=config.global_batch_size,
@@ -118,7 +118,7 @@ class Watch:
             skipped_items=data.skipped,
         )
         self.trace = StepTrace(config.profile_steps, f"{workdir}/profile", config.num_steps)
-        self._preview = Preview(self.program, pretrained, config.sample_steps, workdir, self._writer)
+        self._preview = Preview(self.program, pretrained, config.sample_steps, workdir, writer)
 
     def look(self, step: int, state: TrainState) -> None:
         """Validation and a storyboard, when they are due, with the averaged parameters if there are any."""
@@ -137,6 +137,11 @@ class Watch:
         batch = next(_batches(self._config, self._data, 0, self._rows))
         batch = scene_lengths.cut(batch, self.program.stored_layout, self.program.objective.layout)
         return global_batch(batch, self.program.abstract_batch, self._rows)
+
+
+def _open_writer(workdir: str) -> contextlib.AbstractContextManager[SummaryWriter | None]:
+    """Of the first process. However a run ends, what was logged is written."""
+    return SummaryWriter(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 def _is_due(step: int, every: int) -> bool:

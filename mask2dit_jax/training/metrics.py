@@ -78,8 +78,6 @@ class MetricsLog:
         if self._pending:
             self._close_window()
             self._write()
-        if self._writer:
-            self._writer.close()
 
     def _close_window(self):
         elapsed = time.monotonic() - self._since

@@ -99,17 +99,18 @@ def test_the_average_is_exported_and_sampled(commands, straight, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def adapted(commands, dataset, pretrain_workdir, tmp_path_factory):
+def adapted(commands, dataset, straight, tmp_path_factory):
+    """Adapters beside a model that has left its start behind, where zero gates keep gradients from its blocks."""
     workdir = tmp_path_factory.mktemp("lora") / "run"
     for last in (2, 3):
-        train(commands, workdir, dataset, init_from=pretrain_workdir, num_steps=last, **LORA)
+        train(commands, workdir, dataset, init_from=straight, num_steps=last, **LORA)
     return workdir
 
 
-def test_lora_trains_adapters_only(adapted, pretrain_workdir):
+def test_lora_trains_adapters_only(adapted, straight):
     record = read_record(find(adapted))
     assert record["lora"] == {"rank": 2, "alpha": 64.0}
-    base, later = read(pretrain_workdir, 2)["params"], read(adapted, 3)["params"]
+    base, later = read(straight, 4)["ema"], read(adapted, 3)["params"]
     query, before = later["blocks"]["attn"]["query"], base["blocks"]["attn"]["query"]
     leaf = {name: jax.tree.leaves(query[name])[0] for name in query}
     np.testing.assert_array_equal(leaf["kernel"], jax.tree.leaves(before["kernel"])[0].astype("bfloat16"))
@@ -119,8 +120,8 @@ def test_lora_trains_adapters_only(adapted, pretrain_workdir):
     assert count == 2 * 12 + 2  # two moments of A and B beside six kernels, and two counts
 
 
-def test_lora_is_merged_into_an_export(commands, adapted, pretrain_workdir, tmp_path):
-    merged, base = exported(commands, adapted, tmp_path / "m"), exported(commands, pretrain_workdir, tmp_path / "b")
+def test_lora_is_merged_into_an_export(commands, adapted, straight, tmp_path):
+    merged, base = exported(commands, adapted, tmp_path / "m"), exported(commands, straight, tmp_path / "b")
     assert merged.keys() == base.keys()
     moved = {
         key.partition(".1.")[2]

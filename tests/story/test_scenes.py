@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def full_disk(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(type(epath.Path("x")), "copy", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
 
 
 def test_a_disk_that_fills_up(tmp_path, monkeypatch):
