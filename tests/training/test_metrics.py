@@ -18,16 +18,13 @@ class Writer(SummaryWriter):
     """Keeps what would be written."""
 
     def __init__(self):
-        self.scalars, self.texts, self.is_closed = {}, {}, False
+        self.scalars, self.texts = {}, {}
 
     def add_scalar(self, name, value, step):
         self.scalars.setdefault(name, {})[step] = value
 
     def add_text(self, name, text, step):
         self.texts[step] = text
-
-    def close(self):
-        self.is_closed = True
 
 
 def step_metrics(loss=1.0, is_updated=True, skipped=0, in_a_row=0, **more):
@@ -64,7 +61,6 @@ def test_means_and_sums():
     assert writer.scalars["loss_fixed"] == {2: 2.0}
     assert "loss_extension" not in writer.scalars
     assert writer.scalars["loss_by_timestep/2_of_10"] == {2: 7 / 3}
-    assert writer.is_closed
 
 
 def test_speed(clock, monkeypatch):
