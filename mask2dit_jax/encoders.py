@@ -71,17 +71,12 @@ class TextEncoder:
 
 
 class VideoCodec:
-    """The VAE: frames <-> latents of one scene."""
+    """The VAE: frames <-> latents of one scene. It is read when the first scene comes."""
 
     def __init__(self, pretrained: epath.PathLike, dtype, chunking: str = "mask2dit"):
         self.config = load_config(pretrained, "vae")
         self._mesh = local_mesh(tiles=self.config.sample_latents)
-        graph, params = abstract_module(codec.module_class(self.config), self.config, dtype, self._mesh, sharding.VAE)
-        shardings = jax.tree.map(lambda x: x.sharding, params)
-        self._params = load_params(pretrained, "vae", self.config, dtype=dtype, shardings=shardings)
-        self._chunking = chunking
-        self._encode = jax.jit(video_encode(graph), donate_argnums=2)
-        self._decode = jax.jit(video_decode(graph, self.config.scaling_factor), donate_argnums=2)
+        self._pretrained, self._dtype, self._chunking = pretrained, dtype, chunking
 
     def encode(self, pixels: Float32[np.ndarray, "f h w 3"]) -> tuple[np.ndarray, np.ndarray]:
         """Frames in [-1, 1] -> mean and logvar (f h w c) of the posterior, not scaled."""
@@ -106,12 +101,27 @@ class VideoCodec:
         chunks = self._in_turn(self._encode, pixels, codec.encode_chunks(self.config, pixels.shape[:3]))
         return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)
 
+    @functools.cached_property
+    def _model(self) -> tuple[nnx.GraphDef, nnx.State]:
+        kind, dtype = codec.module_class(self.config), self._dtype
+        graph, params = abstract_module(kind, self.config, dtype, self._mesh, sharding.VAE)
+        shardings = jax.tree.map(lambda x: x.sharding, params)
+        return graph, load_params(self._pretrained, "vae", self.config, dtype=dtype, shardings=shardings)
+
+    @functools.cached_property
+    def _encode(self):
+        return jax.jit(video_encode(self._model[0]), donate_argnums=2)
+
+    @functools.cached_property
+    def _decode(self):
+        return jax.jit(video_decode(self._model[0], self.config.scaling_factor), donate_argnums=2)
+
     def _in_turn(self, run: Callable, x: np.ndarray, chunks: Sequence[slice]) -> Iterator:
         """Every chunk's result, fetched when the next chunk is under way."""
         cache, under_way = None, []
         for chunk in chunks:
             with jax.set_mesh(self._mesh):
-                result, cache = run(self._params, x[chunk], cache)
+                result, cache = run(self._model[1], x[chunk], cache)
             under_way.append(result)
             if len(under_way) > 1:
                 yield jax.device_get(under_way.pop(0))

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.memoryless import memoryless
 from mask2dit_jax.models import lora
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.parallel import sharding
@@ -99,7 +100,7 @@ class TransformerSource:
         config = dataclasses.replace(self.config(), lora=self._adapters())
         if config.lora is None:
             return abstract
-        adapters = lora.adapters_of(nnx.state(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))))
+        adapters = lora.adapters_of(nnx.state(memoryless(DiT, config)))
         place = jax.tree.leaves(abstract)[0].sharding
         if isinstance(place, NamedSharding):
             adapters = sharding.placed(adapters, sharding.parameter_shardings(adapters, place.mesh, sharding.DIT))

@@ -3,6 +3,7 @@
 from flax import nnx
 from jax.sharding import Mesh
 
+from mask2dit_jax.memoryless import memoryless
 from mask2dit_jax.parallel import sharding
 
 
@@ -14,5 +15,5 @@ def abstract_module(kind: type[nnx.Module], config, dtype, mesh: Mesh, table: sh
         param_dtype: of the parameters; that of the computation if not given, as frozen models are kept.
     """
     dtypes = {"dtype": dtype, "param_dtype": param_dtype or dtype}
-    graph, params = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), **dtypes)))
+    graph, params = nnx.split(memoryless(kind, config, **dtypes))
     return graph, sharding.placed(params, sharding.parameter_shardings(params, mesh, table))

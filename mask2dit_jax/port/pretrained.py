@@ -22,6 +22,7 @@ from flax import nnx
 
 from mask2dit_jax.diffusion.schedule import ScheduleConfig
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.memoryless import memoryless
 from mask2dit_jax.models import codec
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
@@ -47,7 +48,7 @@ class Component:
 
     def module(self, config, **kwargs) -> nnx.Module:
         """The module without memory: every parameter is a shape."""
-        return nnx.eval_shape(lambda: self.module_class(config)(config, rngs=nnx.Rngs(0), **kwargs))
+        return memoryless(self.module_class(config), config, **kwargs)
 
 
 COMPONENTS = {

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from mask2dit_jax.axes import Array
 from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.memoryless import memoryless
 from mask2dit_jax.models import flops, lora
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.parallel import sharding
@@ -63,7 +64,7 @@ class TrainProgram:
     @functools.cached_property
     def _split_model(self) -> tuple[nnx.GraphDef, nnx.State]:
         kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return nnx.split(nnx.eval_shape(lambda: DiT(self.model, rngs=nnx.Rngs(self.seed), **kwargs)))
+        return nnx.split(memoryless(DiT, self.model, **kwargs))
 
     @property
     def abstract_params(self) -> nnx.State:
