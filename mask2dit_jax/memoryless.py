@@ -4,17 +4,20 @@ import jax
 from flax import nnx
 
 
-class _OneKey:
-    """Stands in for `nnx.Rngs`, whose counting costs most of the time of tracing a constructor: nobody sees the numbers
-    of a module that has none."""
+class _OneKey(nnx.RngStream):
+    """Gives the same key each time. Counting them costs most of the time of tracing a constructor, and nobody sees the
+    numbers of a module that has none."""
 
-    def __init__(self):
-        self._key = jax.random.key(0)
-
-    def params(self):
-        return self._key
+    def __call__(self) -> jax.Array:
+        return self.key[...]
 
 
 def memoryless(kind: type[nnx.Module], config, **kwargs) -> nnx.Module:
     """`kind(config, rngs=..., **kwargs)` with a `ShapeDtypeStruct` for every parameter."""
-    return nnx.eval_shape(lambda: kind(config, rngs=_OneKey(), **kwargs))
+
+    def make():
+        rngs = nnx.Rngs(0)
+        rngs.default = _OneKey(jax.random.key(0), tag="default")
+        return kind(config, rngs=rngs, **kwargs)
+
+    return nnx.eval_shape(make)

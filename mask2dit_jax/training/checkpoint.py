@@ -187,8 +187,8 @@ def _damage_named(checkpoint: epath.Path):
         yield
     except DAMAGE as error:
         raise UserError(
-            f"checkpoint {checkpoint} is damaged ({reason_of(error)}); delete its folder to go on from the one before, "
-            "or use another one"
+            f"checkpoint {checkpoint} is damaged ({reason_of(error, checkpoint)}); delete its folder to go on from the "
+            "one before, or use another one"
         ) from error
 
 
@@ -198,5 +198,7 @@ def _reader(checkpoint: epath.Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(checkpoint.parent.absolute(), options=options, item_handlers=registry)
 
 
-def reason_of(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
+def reason_of(error: Exception, folder: epath.PathLike = "") -> str:
+    """In short, and without the path of `folder`, which whoever asks has named."""
+    message = str(error).replace(f"{folder}/", "") if folder else str(error)
+    return (message or type(error).__name__).strip().splitlines()[0][:200]

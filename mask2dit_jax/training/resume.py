@@ -55,7 +55,7 @@ def restore(manager: Manager, abstract: TrainState) -> TrainState:
         try:
             state = _read_state(folder, abstract)
         except DAMAGE as error:
-            reason = reason_of(error)
+            reason = reason_of(error, folder)
         # All processes must go on from the same one, and not each reads the same files.
         if not np.any(multihost_utils.process_allgather(np.array(bool(reason)))):
             return state
@@ -111,7 +111,7 @@ def _damage(folder: epath.Path) -> str | None:
         for item in items:
             metadata(folder / item)
     except (UserError, *DAMAGE) as error:
-        return reason_of(error)
+        return reason_of(error, folder)
     return None
 
 

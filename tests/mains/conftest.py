@@ -25,6 +25,8 @@ def settings(**fields: object) -> tuple[str, ...]:
     return tuple(f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items())
 
 
+XLA_FLAGS = "--xla_backend_optimization_level=0"  # programs are compiled in half the time
+
 # As small as the VAE allows.
 SMALL = settings(height=HEIGHT, width=WIDTH, num_frames=5)
 SMALL_RUN = SMALL + settings(
@@ -88,7 +90,7 @@ def set_environment(environment: pytest.MonkeyPatch, shared: Path) -> None:
     environment.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
     environment.setenv("XDG_CACHE_HOME", str(shared / "user"))
     environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    environment.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # they are compiled in half the time
+    environment.setenv("XLA_FLAGS", XLA_FLAGS)
     process.start_server()
 
 

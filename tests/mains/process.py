@@ -3,6 +3,7 @@
 Importing takes three seconds, most command lines in these tests fail a moment later, and there are dozens of them.
 """
 
+import atexit
 import dataclasses
 import multiprocessing
 import multiprocessing.forkserver
@@ -56,4 +57,7 @@ def _run(main, arguments, environment, out, err):
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = [main, *arguments]
-    runpy.run_module(f"mask2dit_jax.{main}", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(f"mask2dit_jax.{main}", run_name="__main__", alter_sys=True)
+    finally:  # multiprocessing leaves it out, and JAX waits there for the other processes
+        atexit._run_exitfuncs()

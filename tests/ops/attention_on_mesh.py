@@ -49,13 +49,6 @@ def case_name(sizes, name: str, mask: str) -> str:
 CASES = [case_name(sizes, name, mask) for sizes, runs in RUNS.items() for name in runs for mask in PREDICATES]
 
 
-def case_name(sizes, name: str, mask: str) -> str:
-    return f"{'x'.join(map(str, sizes))}-{name}-{mask}"
-
-
-CASES = [case_name(sizes, name, mask) for sizes, runs in RUNS.items() for name in runs for mask in PREDICATES]
-
-
 def differences(mask: str) -> dict[str, list[float]]:
     shape = (2, LAYOUT.num_tokens, HEADS, 8)
     *inputs, weights = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4))
