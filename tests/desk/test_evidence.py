@@ -89,20 +89,6 @@ def test_a_broken_mask_is_noticed(output, arms, monkeypatch):
     assert broken["semantic_interval"][1] < arms["v2"]["semantic_interval"][0]
 
 
-def test_a_condition_with_the_timestep_of_the_scene_to_make_is_noticed(output, monkeypatch):
-    """Extension with t in place of 0 on the known scenes."""
-    right = sample(output, EXTENSION)
-    call = DiT.__call__
-
-    def one_timestep(self, latents, text, timesteps, **kwargs):
-        return call(self, latents, text, jnp.broadcast_to(timesteps[:, -1:], timesteps.shape), **kwargs)
-
-    monkeypatch.setattr(DiT, "__call__", one_timestep)
-    broken = sample(output, EXTENSION)
-    assert right["visual"] >= 85
-    assert broken["visual_interval"][1] < right["visual_interval"][0]
-
-
 def extension_loss(output) -> float:
     """Mean loss of v2 on extension samples of held-out stories."""
     maker_folder = output / "world" / "pretrained"
@@ -121,6 +107,23 @@ def extension_loss(output) -> float:
     is_known = jnp.broadcast_to(np.arange(3) < 2, (len(latents), 3))
     loss = jax.jit(lambda *inputs: denoising_loss(dit, objective, *inputs)[0])
     return float(loss(latents, text, noise, timesteps, is_known))
+
+
+def test_a_condition_with_the_timestep_of_the_scene_to_make_is_noticed(output, monkeypatch):
+    """Extension with t in place of 0 on the known scenes: what is clean passes for noise, and is copied less well."""
+    right = extension_loss(output)
+    call = DiT.__call__
+
+    def one_timestep(self, latents, text, timesteps, **kwargs):
+        return call(self, latents, text, jnp.broadcast_to(timesteps[:, -1:], timesteps.shape), **kwargs)
+
+    monkeypatch.setattr(DiT, "__call__", one_timestep)
+    print(right, extension_loss(output))
+    assert extension_loss(output) > 1.2 * right
+
+
+def test_a_story_goes_on_as_it_was(output):
+    assert sample(output, EXTENSION)["visual"] >= 85
 
 
 def test_a_loss_on_scenes_that_are_known_is_noticed(output, monkeypatch):
