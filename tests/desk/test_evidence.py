@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from mask2dit_jax.desk import evidence, runs
+from mask2dit_jax.desk.bootstrap import interval
 from mask2dit_jax.desk.dataset import write_stories, write_world
 from mask2dit_jax.desk.findings import EXTENSION, FIXED, Arm, Finding
 from mask2dit_jax.desk.runs import Run
@@ -89,8 +90,8 @@ def test_a_broken_mask_is_noticed(output, arms, monkeypatch):
     assert broken["semantic_interval"][1] < arms["v2"]["semantic_interval"][0]
 
 
-def extension_loss(output) -> float:
-    """Mean loss of v2 on extension samples of held-out stories."""
+def extension_losses(output) -> np.ndarray:
+    """v2's loss on extension samples of held-out stories, one each."""
     maker_folder = output / "world" / "pretrained"
     source = TransformerSource.require(V2.workdir(output))
     model = dataclasses.replace(source.config(), attention="dense")
@@ -105,21 +106,24 @@ def extension_loss(output) -> float:
     noise = jax.random.normal(noise_key, latents.shape)
     timesteps = jax.random.randint(time_key, (len(latents),), 0, 1000)
     is_known = jnp.broadcast_to(np.arange(3) < 2, (len(latents), 3))
-    loss = jax.jit(lambda *inputs: denoising_loss(dit, objective, *inputs)[0])
-    return float(loss(latents, text, noise, timesteps, is_known))
+    losses = jax.jit(lambda *inputs: denoising_loss(dit, objective, *inputs)[1]["loss_per_sample"])
+    return np.asarray(losses(latents, text, noise, timesteps, is_known))
 
 
 def test_a_condition_with_the_timestep_of_the_scene_to_make_is_noticed(output, monkeypatch):
-    """Extension with t in place of 0 on the known scenes: what is clean passes for noise, and is copied less well."""
-    right = extension_loss(output)
+    """Extension with t in place of 0 on the known scenes: the same stories and the same noise are denoised less well.
+
+    The readers do not see it: a small model copies a background that is clean, whatever it is told.
+    """
+    right = extension_losses(output)
     call = DiT.__call__
 
     def one_timestep(self, latents, text, timesteps, **kwargs):
         return call(self, latents, text, jnp.broadcast_to(timesteps[:, -1:], timesteps.shape), **kwargs)
 
     monkeypatch.setattr(DiT, "__call__", one_timestep)
-    print(right, extension_loss(output))
-    assert extension_loss(output) > 1.2 * right
+    surplus = extension_losses(output) - right
+    assert interval(surplus[None])[0] > 0  # the losses of each story are compared with each other
 
 
 def test_a_story_goes_on_as_it_was(output):
@@ -128,10 +132,10 @@ def test_a_story_goes_on_as_it_was(output):
 
 def test_a_loss_on_scenes_that_are_known_is_noticed(output, monkeypatch):
     """The weights forget the conditional mask: noise that nobody could know of is to be predicted."""
-    right = extension_loss(output)
+    right = extension_losses(output).mean()
     scene_losses = scenes.scene_losses
     monkeypatch.setattr(
         scenes, "scene_losses", lambda error, known, *, layout: scene_losses(error, known & False, layout=layout)
     )
     assert right < 0.5
-    assert extension_loss(output) > right + 0.2
+    assert extension_losses(output).mean() > right + 0.2
