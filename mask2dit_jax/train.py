@@ -139,9 +139,29 @@ class Watch:
         return global_batch(batch, self.program.abstract_batch, self._rows)
 
 
-def _open_writer(workdir: str) -> contextlib.AbstractContextManager[SummaryWriter | None]:
+@contextlib.contextmanager
+def _open_writer(workdir: str) -> Iterator[SummaryWriter | None]:
     """Of the first process. However a run ends, what was logged is written."""
-    return SummaryWriter(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    if jax.process_index() != 0:
+        yield None
+        return
+    writer = SummaryWriter(workdir)
+    try:
+        yield writer
+    finally:
+        _close(writer)
+
+
+def _close(writer: SummaryWriter) -> None:
+    """On a full disk it is the checkpoint that counts. tensorboardX would leave its thread behind, and try again when
+    the interpreter ends, each with a traceback."""
+    try:
+        writer.close()
+    except OSError as error:
+        logging.warning("the last scalars could not be written: %s", error.strerror)
+        events = writer.file_writer.event_writer
+        events._worker.stop()
+        events._closed = True
 
 
 def _is_due(step: int, every: int) -> bool:
