@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags
-from tensorboardX import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is no part of the package
 
@@ -23,6 +22,7 @@ from configs import sft
 from mask2dit_jax import setup_run
 from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.port import pretrained as port
+from mask2dit_jax.training.event_file import EventFile
 from mask2dit_jax.training.metrics import MetricsLog
 from mask2dit_jax.training.optimizer import learning_rate
 
@@ -47,8 +47,8 @@ def main(_):
         seconds = {1: [], STEPS.value: []}
         for number in range(ROUNDS.value + 1):
             for every, found in seconds.items():
-                writer = SummaryWriter(f"{folder}/{number}_{every}")
-                log = MetricsLog(writer, every, learning_rate(program.optimizer))
+                events = EventFile(f"{folder}/{number}_{every}")
+                log = MetricsLog(events, every, learning_rate(program.optimizer))
                 begun = time.perf_counter()
                 for step in range(1, STEPS.value + 1):
                     state, metrics = program.step(state, batch)
@@ -57,6 +57,7 @@ def main(_):
                 if number:  # the first round compiles
                     found.append((time.perf_counter() - begun) / STEPS.value * 1e3)
                 log.flush()
+                events.close()
     for every, found in seconds.items():
         print(
             f"log_every={every}: {statistics.median(found):.1f} ms a step "

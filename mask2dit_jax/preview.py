@@ -8,13 +8,13 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from PIL import Image
-from tensorboardX import SummaryWriter
 
 from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig
 from mask2dit_jax.encoders import VideoCodec
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.sampling.generate import make_denoise_step
+from mask2dit_jax.training.event_file import EventFile
 from mask2dit_jax.training.program import TrainProgram
 
 
@@ -24,22 +24,22 @@ class Preview:
     Without guidance, whose other half would cost as much again: it shows how training goes, not the best there is.
     """
 
-    def __init__(self, program: TrainProgram, pretrained, num_steps: int, workdir, writer: SummaryWriter | None):
-        """`writer` is None on processes that write nothing: they sample along, and neither decode nor write."""
-        self._program, self._num_steps, self._writer = program, num_steps, writer
+    def __init__(self, program: TrainProgram, pretrained, num_steps: int, workdir, events: EventFile | None):
+        """`events` is None on processes that write nothing: they sample along, and neither decode nor write."""
+        self._program, self._num_steps, self._events = program, num_steps, events
         self._pretrained, self._folder = pretrained, epath.Path(workdir) / "samples"
 
     def __call__(self, step: int, params: nnx.State, text) -> None:
         """Writes WORKDIR/samples/step_N.png. text: (b s t x) on the mesh; the first sample is drawn."""
         latents = self._sample(params, text)
-        if self._writer is None:
+        if self._events is None:
             return
         latents = np.asarray(latents)
         parts = self._program.objective.layout.frame_slices
         path = self._folder / f"step_{step:06d}.png"
         write_storyboard(path, [StoryboardScene("", self._codec.decode(latents[part])) for part in parts])
         with path.open("rb") as file:
-            self._writer.add_image("storyboard", np.asarray(Image.open(file).convert("RGB")), step, dataformats="HWC")
+            self._events.add_image("storyboard", np.asarray(Image.open(file).convert("RGB")), step)
 
     @functools.cached_property
     def _codec(self) -> VideoCodec:

@@ -6,7 +6,6 @@ A run started again in the same workdir goes on from its newest checkpoint. SIGT
 143. docs/training.md says what is logged.
 """
 
-import contextlib
 import functools
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ import jax
 import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from mask2dit_jax import caches, setup_run
@@ -25,6 +23,7 @@ from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.port import pretrained as port
 from mask2dit_jax.preview import Preview
 from mask2dit_jax.training import checkpoint, resume, scene_lengths, validation
+from mask2dit_jax.training.event_file import EventFile, open_event_file
 from mask2dit_jax.training.metrics import MetricsLog
 from mask2dit_jax.training.optimizer import learning_rate
 from mask2dit_jax.training.profile import StepTrace
@@ -62,8 +61,8 @@ def main(argv):
         with jax.set_mesh(mesh):
             state = _start_state(programs[0], start, source, manager)
             rows = local_rows(programs[0].abstract_batch)
-            with _open_writer(workdir) as writer, StopRequest() as stop:
-                watch = Watch(config, programs, pretrained, workdir, data, rows, writer)
+            with open_event_file(workdir) as events, StopRequest() as stop:
+                watch = Watch(config, programs, pretrained, workdir, data, rows, events)
                 last = _run(config, state, _placed(config, programs, data, int(state.step), rows), watch, manager, stop)
     if last < config.num_steps:
         logging.info("stopped: step %d, checkpoints in %s", last, workdir)
@@ -105,12 +104,14 @@ def _run(
 class Watch:
     """What is looked at while a run goes, and where it is written."""
 
-    def __init__(self, config: ConfigDict, programs, pretrained, workdir, data: TrainingData, rows, writer):
+    def __init__(
+        self, config: ConfigDict, programs, pretrained, workdir, data: TrainingData, rows, events: EventFile | None
+    ):
         self.program = programs[0]
         self.is_first = jax.process_index() == 0
         self._config, self._data, self._rows = config, data, rows
         self.log = MetricsLog(
-            writer,
+            events,
             config.log_every,
             learning_rate(self.program.optimizer),
             samples_per_step=config.global_batch_size,
@@ -118,7 +119,7 @@ class Watch:
             skipped_items=data.skipped,
         )
         self.trace = StepTrace(config.profile_steps, f"{workdir}/profile", config.num_steps)
-        self._preview = Preview(self.program, pretrained, config.sample_steps, workdir, writer)
+        self._preview = Preview(self.program, pretrained, config.sample_steps, workdir, events)
 
     def look(self, step: int, state: TrainState) -> None:
         """Validation and a storyboard, when they are due, with the averaged parameters if there are any."""
@@ -137,31 +138,6 @@ class Watch:
         batch = next(_batches(self._config, self._data, 0, self._rows))
         batch = scene_lengths.cut(batch, self.program.stored_layout, self.program.objective.layout)
         return global_batch(batch, self.program.abstract_batch, self._rows)
-
-
-@contextlib.contextmanager
-def _open_writer(workdir: str) -> Iterator[SummaryWriter | None]:
-    """Of the first process. However a run ends, what was logged is written."""
-    if jax.process_index() != 0:
-        yield None
-        return
-    writer = SummaryWriter(workdir)
-    try:
-        yield writer
-    finally:
-        _close(writer)
-
-
-def _close(writer: SummaryWriter) -> None:
-    """On a full disk it is the checkpoint that counts. tensorboardX would leave its thread behind, and try again when
-    the interpreter ends, each with a traceback."""
-    try:
-        writer.close()
-    except OSError as error:
-        logging.warning("the last scalars could not be written: %s", error.strerror)
-        events = writer.file_writer.event_writer
-        events._worker.stop()
-        events._closed = True
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -9,7 +9,10 @@ from what is there: resume.py.
 """
 
 import contextlib
+import functools
 import json
+import logging
+import sys
 from typing import Any
 
 import jax
@@ -63,7 +66,22 @@ def open_manager(workdir: epath.PathLike, *, keep: int, keep_every: int = 0, asy
         cleanup_tmp_directories=True,
         enable_async_checkpointing=asynchronous,
     )
+    _ignore_late_answers()
     return Manager(folder.absolute(), options=options)
+
+
+@functools.cache
+def _ignore_late_answers() -> None:
+    """When one array of a checkpoint cannot be read or written, Orbax leaves the others under way; what becomes of
+    them, when nobody waits for it any more, Python would print as one traceback each."""
+    hook = sys.unraisablehook
+
+    def report(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = report
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 
 def save(manager: Manager, state: TrainState, record: dict[str, Any]) -> None:
@@ -102,9 +120,10 @@ def writing(manager: Manager):
     except (OSError, ValueError, RuntimeError) as error:
         steps = [int(child.name) for child in manager.directory.iterdir() if child.name.isdigit()]
         good = f"step {max(steps)} is the newest one that was" if steps else "none was yet"
+        reason = reason_of(error, manager.directory)
         raise UserError(
-            f"a checkpoint could not be written to {manager.directory} ({reason_of(error)}); {good}: make room there, "
-            "then start again to go on"
+            f"a checkpoint could not be written to {manager.directory} ({reason}); {good}: make room there, then start "
+            "again to go on"
         ) from error
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from tensorboardX import SummaryWriter
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel.chips import chip_of
+from mask2dit_jax.training.event_file import EventFile
 from mask2dit_jax.training.step import NUM_BUCKETS
 
 
@@ -20,7 +20,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        writer: SummaryWriter | None,
+        events: EventFile | None,
         every: int,
         rate,
         *,
@@ -29,12 +29,12 @@ class MetricsLog:
         skipped_items: Mapping[str, str] | None = None,
     ):
         """Args:
-        writer: of the process that writes; None on the others.
+        events: of the process that writes; None on the others.
         rate: the learning rate of a step.
         max_skipped: so many updates in a row may be skipped before `add` raises a UserError.
         skipped_items: name of each item of the data that is left out, and why; may grow while training.
         """
-        self._writer, self._every, self._rate = writer, every, rate
+        self._events, self._every, self._rate = events, every, rate
         self._samples, self._max_skipped = samples_per_step, max_skipped
         self._skipped_items, self._told = {} if skipped_items is None else skipped_items, set()
         self._pending, self._ready, self._shown = [], None, {}
@@ -68,9 +68,9 @@ class MetricsLog:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Scalars of another origin."""
-        if self._writer:
+        if self._events:
             for name, value in scalars.items():
-                self._writer.add_scalar(name, value, step)
+                self._events.add_scalar(name, value, step)
 
     def flush(self):
         """Writes what is left; the last window may be a short one."""
@@ -112,9 +112,9 @@ class MetricsLog:
     def _name_skipped(self, step: int):
         new = [name for name in self._skipped_items if name not in self._told]
         self._told.update(new)
-        if new and self._writer:
+        if new and self._events:
             lines = "\n".join(f"{name}: {self._skipped_items[name]}" for name in new)
-            self._writer.add_text("skipped_items", lines, step)
+            self._events.add_text("skipped_items", lines, step)
 
 
 def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -4,8 +4,6 @@ What is damaged is set aside as `damaged-STEP` and named in the log, and the run
 processes go on from the same one.
 """
 
-import sys
-
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -58,7 +56,6 @@ def restore(manager: Manager, abstract: TrainState) -> TrainState:
             state = _read_state(folder, abstract)
         except DAMAGE as error:
             reason = reason_of(error, folder)
-            _ignore_late_reads()
         # All processes must go on from the same one, and not each reads the same files.
         if not np.any(multihost_utils.process_allgather(np.array(bool(reason)))):
             return state
@@ -85,18 +82,6 @@ def _read_state(folder: epath.Path, abstract: TrainState) -> TrainState:
         logging.info("%s has no moving average: it begins as a copy of the parameters", folder)
         ema = _ema_of(read["params"], abstract.ema)
     return TrainState(params=read["params"], ema=ema, **read["train"])
-
-
-def _ignore_late_reads() -> None:
-    """When one array of a checkpoint cannot be read, Orbax leaves the others under way, and each of them would print a
-    traceback because nobody waits for it any more."""
-    hook = sys.unraisablehook
-
-    def report(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = report
 
 
 def _ema_of(params: nnx.State, abstract: nnx.State) -> nnx.State:

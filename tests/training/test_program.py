@@ -16,6 +16,8 @@ from mask2dit_jax.training.optimizer import OptimizerConfig
 from mask2dit_jax.training.program import TrainProgram, global_batch, local_rows
 from mask2dit_jax.training.step import Objective
 
+pytestmark = pytest.mark.slow
+
 MODEL = DiTConfig(4, 16, 2, 4, time_embed_dim=16, text_embed_dim=8, text_tokens=6, sample_height=4, sample_width=8)
 LAYOUT = MODEL.layout((1, 2, 3), 4, 8)  # 66 tokens
 # Large steps and no clipping, so that a wrong gradient shows in the parameters.
