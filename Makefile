@@ -46,9 +46,9 @@ demo: $(VENV)/.demo
 desk: $(VENV)/.desk
 	$(CPU) $(BIN)/python -m mask2dit_jax.desk_evidence --finding=table2 --output=desk
 
-# Two processes: most of these tests compile small programs, which keeps one core busy.
+# Three processes: small programs being compiled keep one core busy, and runs of several processes wait for each other.
 test: setup
-	$(CPU) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(CPU) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

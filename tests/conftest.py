@@ -11,3 +11,9 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; what asks for none runs on the first
 install_import_hook("mask2dit_jax", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that no process is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

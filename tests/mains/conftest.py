@@ -1,6 +1,7 @@
 """What the command lines of these tests share: four short videos, their data files, a model trained for two steps."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,7 @@ class Commands:
     """Runs the mains as a user does; they share compiled programs and encoded clips."""
 
     shared: Path
+    compiled: Path
 
     def __call__(self, main: str, *arguments: object, **environment: str) -> process.Finished:
         return process.run(self.shared, main, tuple(map(str, arguments)), environment)
@@ -79,15 +81,18 @@ class Commands:
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory) -> Commands:
     shared = tmp_path_factory.mktemp("shared")
+    is_one_of_several = "PYTEST_XDIST_WORKER" in os.environ
+    base = tmp_path_factory.getbasetemp()
+    compiled = (base.parent if is_one_of_several else base) / "compiled"
     with pytest.MonkeyPatch.context() as environment:
-        set_environment(environment, shared)
-    return Commands(shared)
+        set_environment(environment, shared, compiled)
+    return Commands(shared, compiled)
 
 
-def set_environment(environment: pytest.MonkeyPatch, shared: Path) -> None:
-    """Starts the server that all mains are forked from, with compiled programs in `shared`."""
+def set_environment(environment: pytest.MonkeyPatch, shared: Path, compiled: Path) -> None:
+    """Starts the server that all mains are forked from, with compiled programs in `compiled`."""
     environment.setenv("JAX_PLATFORMS", "cpu")
-    environment.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
+    environment.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
     environment.setenv("XDG_CACHE_HOME", str(shared / "user"))
     environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     environment.setenv("XLA_FLAGS", XLA_FLAGS)

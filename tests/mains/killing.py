@@ -110,8 +110,8 @@ def main():
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as environment:
         folder = Path(name)
-        conftest.set_environment(environment, folder)
-        commands, dataset = Commands(folder), conftest.make_dataset(folder / "data")
+        conftest.set_environment(environment, folder, folder / "compiled")
+        commands, dataset = Commands(folder, folder / "compiled"), conftest.make_dataset(folder / "data")
         reference, killed = folder / "reference", folder / "killed"
 
         def start(workdir):

@@ -17,7 +17,8 @@ _SERVER = multiprocessing.get_context("forkserver")
 _IMPORTED = (
     *("mask2dit_jax.training_data", "mask2dit_jax.transformer", "mask2dit_jax.curate.records"),
     *("mask2dit_jax.data.storyboard", "mask2dit_jax.curate.dataset", "mask2dit_jax.sampling.extend"),
-    *("mask2dit_jax.training.optimizer", "mask2dit_jax.parallel.mesh", "ml_collections.config_flags", "tensorboardX"),
+    *("mask2dit_jax.training.optimizer", "mask2dit_jax.parallel.mesh", "ml_collections.config_flags"),
+    "mask2dit_jax.training.event_file",
 )
 
 

@@ -12,6 +12,8 @@ from tests.mains.conftest import settings
 
 NUM_CLIPS = 200
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):

@@ -25,6 +25,8 @@ ALL = {
     "profile_steps": (2, 3),
     "seed": 2,  # whose steps 1 to 4 have both layouts
 }
+pytestmark = pytest.mark.slow
+
 LORA = {"lora__rank": 2, "lora__alpha": 64.0, "frozen_dtype": "bfloat16", "optimizer__warmup_steps": 0}
 
 

@@ -16,6 +16,8 @@ from tests.mains.test_train import assert_same, read, scalars
 
 STEPS = 8
 
+pytestmark = pytest.mark.slow
+
 
 def flags(commands, dataset, workdir, **fields):
     fields = {"num_steps": STEPS, "checkpoint_every": 1, "ema_decay": 0.9, **fields}
@@ -134,7 +136,7 @@ def test_full_disk(commands, dataset, pretrain_workdir, tmp_path):
     if subprocess.run(["unshare", "--mount", "--map-root-user", "true"], check=False).returncode == 0:
         command = ["unshare", "--mount", "--map-root-user", *command]
     environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(commands.shared / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(commands.compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": XLA_FLAGS,
     }

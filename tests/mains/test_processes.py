@@ -1,5 +1,6 @@
 """Several processes, each with a device of its own, take the same steps as one."""
 
+import dataclasses
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from tests.mains.test_train import read
+
+pytestmark = pytest.mark.slow
 
 
 def train_together(commands, count: int, folder, flags, main="train") -> list:
@@ -19,7 +22,7 @@ def train_together(commands, count: int, folder, flags, main="train") -> list:
     def run(number: int):
         told = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(count), "PROCESS_ID": str(number)}
         (folder / str(number)).mkdir(parents=True)
-        return type(commands)(folder / str(number))(main, *flags, **told)
+        return dataclasses.replace(commands, shared=folder / str(number))(main, *flags, **told)
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))

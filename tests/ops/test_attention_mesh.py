@@ -8,6 +8,8 @@ import pytest
 
 from tests.ops.attention_on_mesh import CASES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def differences() -> dict[str, list[float]]:
