@@ -4,6 +4,7 @@ tensorboardX makes the events and the records. Its own SummaryWriter hands them 
 with a traceback wherever the run happens to be.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ class EventFile:
     def __init__(self, folder: epath.PathLike):
         """folder: local, or gs:// with google-cloud-storage installed."""
         self._folder = str(folder)
-        self._writer, self._num_opened, self._flushed = None, 0, time.monotonic()
+        self._writer, self._num_opened, self._flushed = None, 0, -math.inf
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self._add(summary.scalar(name, value), step)

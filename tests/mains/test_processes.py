@@ -28,11 +28,9 @@ def train_together(commands, count: int, folder, flags, main="train") -> list:
         return list(pool.map(run, range(count)))
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2}, {"fsdp": 2, "context": 2}])
-def test_training(sizes, commands, dataset, pretrain_workdir, tmp_path):
-    """The cache is new, so that the processes also share the encoding of the clips."""
-    count = int(np.prod(list(sizes.values())))
-    fields = {f"mesh__{axis}": size for axis, size in sizes.items()} | {"data__cache": tmp_path / "cache"}
+def test_training(commands, dataset, pretrain_workdir, tmp_path):
+    """Four on a mesh of two axes (two: test_kills.py). The cache is new: they also share the encoding of the clips."""
+    count, fields = 4, {"mesh__fsdp": 2, "mesh__context": 2, "data__cache": tmp_path / "cache"}
     workdir = tmp_path / "run"
     flags = commands.train_flags("pretrain", workdir, dataset.csv, **fields)
     for finished in train_together(commands, count, tmp_path / "processes", flags):
