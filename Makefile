@@ -46,9 +46,9 @@ demo: $(VENV)/.demo
 desk: $(VENV)/.desk
 	$(CPU) $(BIN)/python -m mask2dit_jax.desk_evidence --finding=table2 --output=desk
 
-# Three processes: small programs being compiled keep one core busy, and runs of several processes wait for each other.
+# Two processes: most of these tests compile small programs, which keeps one core busy.
 test: setup
-	$(CPU) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(CPU) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

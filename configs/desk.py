@@ -6,8 +6,8 @@ makes the data (desk/world) and runs the mains with these values.
 """
 
 MODEL = {
-    "num_heads": 3,
-    "head_dim": 16,
+    "num_heads": 2,
+    "head_dim": 32,
     "num_layers": 3,
     "time_embed_dim": 64,
     "text_tokens": 3,  # "red left" and its end
@@ -31,7 +31,7 @@ TRAINING = {
     "num_steps": 800,
     "init_from": "",
 }
-OPTIMIZER = {"learning_rate": 3e-3, "decay_steps": 800, "warmup_steps": 30}
+OPTIMIZER = {"learning_rate": 5e-3, "decay_steps": 800, "warmup_steps": 30}
 DATA = {"cache": "desk/world/cache", "max_stride": 1}
 SAMPLING = {
     "checkpoint": "desk/runs/table2-v2-0",

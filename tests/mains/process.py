@@ -43,7 +43,7 @@ def start(folder: Path, main: str, arguments: tuple[str, ...], environment: dict
 
 
 def finish(folder: Path, process) -> Finished:
-    process.join(timeout=300)
+    process.join(timeout=900)
     assert process.exitcode is not None, f"what printed into {folder} does not end"
     return Finished(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
 
