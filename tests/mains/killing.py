@@ -3,7 +3,8 @@
     JAX_PLATFORMS=cpu python -m tests.mains.killing --processes=2 --kills=20
 
 kills a tiny run at so many random moments, a third of them while a checkpoint is being written, starts it again each
-time, and compares its last checkpoint bit for bit with that of a run that nothing disturbed. The suite takes fewer.
+time, and compares its last checkpoint bit for bit with that of a run that nothing disturbed. --signal=TERM tells it to
+stop instead. The suite takes fewer.
 """
 
 import argparse
@@ -71,7 +72,9 @@ def half_written(workdir: Path) -> set[tuple[str, int]]:
     return found
 
 
-def kill_again_and_again(start: Callable[[], Job], workdir: Path, kills: int, rng: random.Random) -> list[str]:
+def kill_again_and_again(
+    start: Callable[[], Job], workdir: Path, kills: int, rng: random.Random, sent: signal.Signals = signal.SIGKILL
+) -> list[str]:
     """Returns what each kill met; the last start is left to run to its end."""
     met = []
     for number in range(kills):
@@ -90,9 +93,9 @@ def kill_again_and_again(start: Callable[[], Job], workdir: Path, kills: int, rn
         else:
             time.sleep(rng.uniform(0, 6))
         state = "ended" if not job.is_running else "saving" if is_saving() else "not saving"
-        job.kill()
-        job.finish()
-        met.append(f"{state}, {before} -> {steps(workdir)}")
+        job.kill(sent)
+        codes = sorted(finished.code for finished in job.finish())  # 143: told by SIGTERM, it saved and stopped
+        met.append(f"{state}, {before} -> {steps(workdir)}, exit codes {codes}")
     for finished in start().finish():
         assert finished.code == 0, finished.stderr
     return met
@@ -107,6 +110,7 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as environment:
         folder = Path(name)
@@ -121,10 +125,13 @@ def main():
 
         for finished in start(reference).finish():
             assert finished.code == 0, finished.stderr
-        for line in kill_again_and_again(lambda: start(killed), killed, given.kills, random.Random(given.seed)):
+        sent = signal.Signals[f"SIG{given.signal}"]
+        for line in kill_again_and_again(lambda: start(killed), killed, given.kills, random.Random(given.seed), sent):
             print(line, flush=True)
         assert_same(read(killed, given.steps), read(reference, given.steps))
-        print(f"{given.kills} kills of {given.processes} processes: step {given.steps} is bit for bit the same")
+        print(
+            f"{given.kills} times {sent.name}, {given.processes} processes: step {given.steps} is bit for bit the same"
+        )
 
 
 if __name__ == "__main__":
