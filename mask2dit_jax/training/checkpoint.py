@@ -165,7 +165,7 @@ def read_record(checkpoint: epath.Path) -> dict[str, Any]:
 
 
 def metadata(item: epath.Path):
-    return ocp.StandardCheckpointHandler().metadata(item)
+    return ocp.StandardCheckpointHandler().metadata(item.absolute())  # Orbax refuses any other
 
 
 def load_params(checkpoint: epath.Path, abstract: nnx.State, item: str = "params") -> nnx.State:

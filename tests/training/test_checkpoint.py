@@ -63,6 +63,16 @@ def test_parameters_are_found_from_workdir_and_step(workdir):
         assert_same(checkpoint.load_params(folder, abstract(params)), params)
 
 
+def test_a_relative_path_will_do(workdir, monkeypatch):
+    """Orbax wants absolute ones; people type others."""
+    monkeypatch.chdir(workdir.parent)
+    params = make_state().params
+    folder = checkpoint.find(workdir.name)
+    assert not folder.is_absolute()
+    assert checkpoint.load_params(folder, abstract(params)).keys() == params.keys()
+    assert checkpoint.stored_names(folder, "params")
+
+
 def test_parameters_come_in_the_type_that_is_asked_for(workdir):
     params = make_state(3).params
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
