@@ -12,6 +12,7 @@ PROBABILITIES = (0.0, 0.5, 0.9)
 
 FIXED = Protocol()
 EXTENSION = Protocol("extension", num_known=2)
+TWELVE = Protocol("long", num_scenes=12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ TABLE_4 = Finding(
     "training with the conditional mask is what lets a model extend; too much of it costs fixed scenes",
     tuple(
         Arm(f"p={p:g} {protocol.name}", runs, protocol)
-        for protocol in (EXTENSION, FIXED)
+        for protocol in (EXTENSION, TWELVE, FIXED)
         for p, runs in _BY_PROBABILITY.items()
     ),
 )
@@ -84,7 +85,7 @@ LONG = Finding(
     "stories of twelve scenes: three together, then one at a time; latents carried on, or through 8-bit pixels",
     tuple(
         Arm("re-encoded" if protocol.reencode else "carried", _V2, protocol)
-        for protocol in (Protocol("long", num_scenes=12), Protocol("long-reencoded", num_scenes=12, reencode=True))
+        for protocol in (TWELVE, dataclasses.replace(TWELVE, name="long-reencoded", reencode=True))
     ),
 )
 FINDINGS = {finding.name: finding for finding in (TABLE_2, TABLE_4, CONDITION, LONG)}
