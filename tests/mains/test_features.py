@@ -25,9 +25,9 @@ ALL = {
     "profile_steps": (2, 3),
     "seed": 2,  # whose steps 1 to 4 have both layouts
 }
-pytestmark = pytest.mark.slow
-
 LORA = {"lora__rank": 2, "lora__alpha": 64.0, "frozen_dtype": "bfloat16", "optimizer__warmup_steps": 0}
+
+pytestmark = pytest.mark.slow
 
 
 def train(commands, workdir, dataset, **fields):

@@ -1,14 +1,12 @@
 """Training runs: they repeat, they go on where they stopped, one stage starts from the other."""
 
-import struct
-
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from mask2dit_jax.training.checkpoint import find, read_record
+from tests.training.test_event_file import read_events
 
 RATE = 1e-3
 
@@ -42,15 +40,9 @@ def differ(a: dict, b: dict) -> bool:
 
 
 def scalars(workdir) -> dict[str, dict[int, float]]:
-    """What the TensorBoard files of a run hold: records of a length, a checksum, an event and a checksum."""
     found = {}
-    for file in sorted(workdir.glob("events*")):
-        data = file.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
-            for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    for step, value in read_events(workdir):
+        found.setdefault(value.tag, {})[step] = value.simple_value
     return found
 
 

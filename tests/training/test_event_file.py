@@ -11,8 +11,9 @@ from mask2dit_jax.training import event_file
 from mask2dit_jax.training.event_file import open_event_file
 
 
-def read(folder):
-    for file in sorted(folder.iterdir()):
+def read_events(folder):
+    """(step, value) of all files of a run: records of a length, a checksum, an event and a checksum."""
+    for file in sorted(folder.glob("events*")):
         data = file.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
@@ -27,7 +28,7 @@ def test_what_is_written_is_read(tmp_path):
         events.add_text("skipped", "a.mp4: no video stream", 4)
         events.add_image("board", np.zeros((4, 6, 3), np.uint8), 5)
         assert threading.active_count() == threads
-    (first, loss), (second, text), (third, image) = read(tmp_path / "run")
+    (first, loss), (second, text), (third, image) = read_events(tmp_path / "run")
     assert (first, loss.tag, loss.simple_value) == (3, "loss", 0.5)
     assert (second, text.tensor.string_val[0]) == (4, b"a.mp4: no video stream")
     assert (third, image.image.height, image.image.width) == (5, 4, 6)
@@ -45,6 +46,6 @@ def test_a_full_disk_costs_what_was_logged_meanwhile(tmp_path, monkeypatch, capl
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         events.add_scalar("loss", 3.0, 3)
-    assert [step for step, _ in read(tmp_path)] == [1, 3]
+    assert [step for step, _ in read_events(tmp_path)] == [1, 3]
     (line,) = caplog.messages
     assert line == f"what was to be shown could not be written to {tmp_path}: File too large"
