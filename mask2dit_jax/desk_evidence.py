@@ -6,6 +6,7 @@ writes OUTPUT/FINDING.json and .png, OUTPUT/storyboards/FINDING-*.png. What is d
 on, and findings share their runs. docs/desk.md says what came out.
 """
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from mask2dit_jax.desk import evidence, plots
 from mask2dit_jax.desk.dataset import write_stories, write_world
-from mask2dit_jax.desk.findings import FINDINGS, NUM_TRAINING_STORIES, SEEDS, Finding
+from mask2dit_jax.desk.findings import FINDINGS, SEEDS, STORIES, Finding
 from mask2dit_jax.desk.runs import train
 from mask2dit_jax.desk.world import draw_stories
 from mask2dit_jax.errors import UserError, run_main
@@ -30,7 +31,7 @@ def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --finding=NAME --output=DIR")
     finding, output = FINDINGS[_FINDING.value].with_seeds(_SEEDS.value), Path(_OUTPUT.value)
-    _prepare_world(output)
+    _prepare_world(finding, output)
     jax.config.update("jax_compilation_cache_dir", str(output / "compiled"))
     with ThreadPoolExecutor(_JOBS.value) as pool:
         trained = pool.map(lambda run: train(run, output), finding.runs)
@@ -44,30 +45,38 @@ def main(argv):
     print(f"{output / finding.name}.json\n{output / finding.name}.png")
 
 
-def _prepare_world(output: Path):
+def _prepare_world(finding: Finding, output: Path):
+    """The world, and the stories that the finding's runs are trained on."""
     world = output / "world"
-    if not (world / "stories.json").exists():  # written last
+    if not any(world.glob("*.json")):  # written last
         write_world(world)
-        write_stories(world, "stories", draw_stories(0, NUM_TRAINING_STORIES))
+    for name in sorted({run.stories for run in finding.runs}):
+        if not (world / f"{name}.json").exists():
+            write_stories(world, name, draw_stories(0, **STORIES[name]))
 
 
 def _draw_stories(finding: Finding, output: Path):
     """The first story of each arm's first seed: chosen before anything was sampled."""
     for arm in finding.arms:
-        frames = evidence.sampled(arm.runs[0], arm.protocol, output)[0]
+        scenes = [frames[0] for frames in evidence.sampled(arm.runs[0], arm.protocol, output)]
         truth = evidence.evaluation_stories(arm.protocol)[0]
-        path = output / "storyboards" / f"{finding.name}-{arm.label.replace(' ', '-')}.png"
-        plots.draw_story(path, truth, frames, arm.protocol.num_known)
+        path = output / "storyboards" / f"{finding.name}-{_file_name(arm.label)}.png"
+        plots.draw_story(path, truth, scenes, arm.protocol.num_known)
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^\w.=-]+", "-", label).strip("-")
 
 
 def _print_table(result: dict):
-    print(f"{'':24} {'visual %':>20} {'semantic %':>20}")
+    print(f"{'':40} {'visual %':>20} {'semantic %':>20} {'error':>20}")
     for label, arm in result["arms"].items():
         cells = [
             f"{arm[name]:.1f} [{arm[f'{name}_interval'][0]:.1f}, {arm[f'{name}_interval'][1]:.1f}]"
-            for name in ("visual", "semantic")
+            for name in ("visual", "semantic", "error")
+            if name in arm
         ]
-        print(f"{label:24} {cells[0]:>20} {cells[1]:>20}")
+        print(f"{label:40} " + " ".join(f"{cell:>20}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from mask2dit_jax.data.output_file import atomic_output
 from mask2dit_jax.desk.bootstrap import interval
 from mask2dit_jax.desk.findings import Arm, Finding
-from mask2dit_jax.desk.readers import Reading, measure, read_stories
+from mask2dit_jax.desk.readers import Frames, Reading, measure
 from mask2dit_jax.desk.runs import Run
 from mask2dit_jax.desk.stories import Protocol, StoryMaker
 from mask2dit_jax.desk.world import Story, draw_stories
@@ -24,31 +24,33 @@ def evaluation_stories(protocol: Protocol) -> list[Story]:
     return draw_stories(_SEED, NUM_STORIES, num_scenes=protocol.num_scenes, distinct=protocol.num_scenes <= 16)
 
 
-def sampled(run: Run, protocol: Protocol, output: Path) -> np.ndarray:
-    """The evaluation stories as this run makes them, (n s f h w 3) uint8: from disk if they were made before."""
+def sampled(run: Run, protocol: Protocol, output: Path) -> list[Frames]:
+    """The evaluation stories as this run makes them, scene after scene: from disk if they were made before."""
     path = run.workdir(output) / f"{protocol.name}.npz"
     if not path.exists():
         maker = StoryMaker(run.workdir(output), output / "world" / "pretrained", protocol.condition)
-        stories = maker(evaluation_stories(protocol), protocol)
+        scenes = maker(evaluation_stories(protocol), protocol)
         with atomic_output(path) as partial:
-            np.savez_compressed(partial, stories=stories)
-    return np.load(path)["stories"]
+            np.savez_compressed(partial, *scenes)
+    with np.load(path) as stored:
+        return [stored[f"arr_{number}"] for number in range(len(stored))]
 
 
 def read_run(run: Run, protocol: Protocol, output: Path) -> Reading:
-    return measure(read_stories(sampled(run, protocol, output)), evaluation_stories(protocol))
+    return measure(sampled(run, protocol, output), evaluation_stories(protocol))
 
 
 def table(finding: Finding, output: Path) -> dict:
-    """The finding's figures in percent."""
+    """The finding's figures: shares in percent, errors in grey levels."""
     arms = {arm.label: summary([read_run(run, arm.protocol, output) for run in arm.runs], arm) for arm in finding.arms}
-    return {"finding": finding.name, "claim": finding.claim, "unit": "%", "arms": arms}
+    return {"finding": finding.name, "claim": finding.claim, "unit": "%; error: grey levels, 0..255", "arms": arms}
 
 
 def summary(readings: Sequence[Reading], arm: Arm) -> dict:
     """Visual and semantic of an arm: means, 95 % intervals over stories and seeds, and of each seed; the matrix.
 
-    Scenes that were given are part of what has to agree, but what they show is nobody's merit.
+    Scenes that were given are part of what has to agree, but what they show is nobody's merit. With them all that the
+    new ones should show is known, so these arms have an error as well.
     """
     new = range(arm.protocol.num_known, arm.protocol.num_scenes)
     measures = {
@@ -65,6 +67,9 @@ def summary(readings: Sequence[Reading], arm: Arm) -> dict:
     result["agreement_with_first"] = [
         _percent(share) for share in np.mean([reading.agreement.mean(axis=0) for reading in readings], axis=0)
     ]
+    if arm.protocol.num_known:
+        error = np.stack([reading.error[:, new].mean(axis=1) for reading in readings])
+        result["error"], result["error_interval"] = float(error.mean()), interval(error)
     result["seeds"] = [run.seed for run in arm.runs]
     result["num_stories"] = len(readings[0].visual)
     result["settings"] = {**dict(arm.runs[0].fields), **dataclasses.asdict(arm.protocol)}

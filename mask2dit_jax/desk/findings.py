@@ -1,18 +1,30 @@
 """The paper's findings as comparisons: which runs, sampled how, under which name."""
 
 import dataclasses
+import itertools
 
 from mask2dit_jax.desk.runs import Run
 from mask2dit_jax.desk.stories import Protocol
 
 SEEDS = (0, 1, 2)
-NUM_TRAINING_STORIES = 4000
+NUM_STORIES, FEW = 4000, 36
+UNRELATED = (25, 50, 100)  # percent
+# Training stories: what `world.draw_stories` is asked for.
+STORIES = {
+    "stories": {"count": NUM_STORIES},
+    "few": {"count": FEW},
+    **{f"unrelated-{share:03d}": {"count": NUM_STORIES, "unrelated": share / 100} for share in UNRELATED},
+}
 MASKS = ("v1", "v2", "v3", "v4", "v5")
 PROBABILITIES = (0.0, 0.5, 0.9)
 
 FIXED = Protocol()
 EXTENSION = Protocol("extension", num_known=2)
 TWELVE = Protocol("long", num_scenes=12)
+LENGTHS = tuple(
+    Protocol("frames-" + "-".join(map(str, frames)), scene_frames=frames)
+    for frames in ((1, 1, 1), (2, 1, 2), (1, 2, 1))
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +58,13 @@ class Finding:
         return tuple(dict.fromkeys(run for runs in by_seed for run in runs))
 
 
-def _runs(name: str, **fields) -> tuple[Run, ...]:
+def _runs(name: str, *, stage="sft", stories="stories", starts=(), **fields) -> tuple[Run, ...]:
+    """A run for each seed; `fields` are the config's."""
     settings = tuple((field.replace("__", "."), value) for field, value in fields.items())
-    return tuple(Run(f"{name}-{seed}", seed, settings) for seed in SEEDS)
+    return tuple(
+        Run(f"{name}-{seed}", seed, settings, stage, stories, start)
+        for seed, start in itertools.zip_longest(SEEDS, starts)
+    )
 
 
 _BY_MASK = {mask: _runs(f"table2-{mask}", mask=mask) for mask in MASKS}
@@ -71,6 +87,36 @@ TABLE_4 = Finding(
         for p, runs in _BY_PROBABILITY.items()
     ),
 )
+TABLE_3 = Finding(
+    "table3",
+    "the more groups of unrelated scenes the SFT data have, the less the scenes of a story agree",
+    (
+        Arm("0 %", _V2),
+        *(Arm(f"{share} %", _runs(f"table3-{share:03d}", stories=f"unrelated-{share:03d}")) for share in UNRELATED),
+    ),
+)
+_PRETRAINED = _runs("table5-pretrain", stage="pretrain")
+_SHORT = {"num_steps": 200, "optimizer__decay_steps": 200, "checkpoint_every": 200}
+TABLE_5 = Finding(
+    "table5",
+    "pretraining teaches obedience without agreement; after it, SFT needs few stories",
+    (
+        Arm("pretraining", _PRETRAINED),
+        Arm(f"SFT, {NUM_STORIES} stories", _V2),
+        Arm(f"SFT, {FEW} stories", _runs("table5-few", stories="few")),
+        Arm(f"pretraining + SFT, {FEW} stories", _runs("table5-both", stories="few", starts=_PRETRAINED, **_SHORT)),
+    ),
+)
+_MIXED = _runs("table8-mixed", scene_frames="((2,2,2),(1,1,1),(2,1,2),(1,2,1))")
+TABLE_8 = Finding(
+    "table8",
+    "shorter scenes, and scenes of several lengths in one story, from a model of 2-frame scenes and from a mixed one",
+    tuple(
+        Arm(f"{label} {'-'.join(map(str, protocol.scene_frames or (2, 2, 2)))}", runs, protocol)
+        for label, runs in (("trained on 2-2-2:", _V2), ("trained on all:", _MIXED))
+        for protocol in (FIXED, *LENGTHS)
+    ),
+)
 # The rest needs no run of its own: the runs of v2, sampled in other ways.
 CONDITION = Finding(
     "condition",
@@ -88,4 +134,4 @@ LONG = Finding(
         for protocol in (TWELVE, dataclasses.replace(TWELVE, name="long-reencoded", reencode=True))
     ),
 )
-FINDINGS = {finding.name: finding for finding in (TABLE_2, TABLE_4, CONDITION, LONG)}
+FINDINGS = {finding.name: finding for finding in (TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLE_8, CONDITION, LONG)}

@@ -1,5 +1,6 @@
 """Pictures of a finding: bars with their intervals, the matrices, and a storyboard for each arm."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mask2dit_jax.desk.world import Story
 from mask2dit_jax.errors import UserError
 
 _MOST_IN_MATRIX = 4  # scenes
+_LABEL_WIDTH = 14  # letters
 _ENLARGED = 36  # a pixel of the world, in pixels of a storyboard
 _COLOURS = {"visual": "#3d6f9e", "semantic": "#d08a3e"}
 
@@ -30,7 +32,8 @@ def plot_table(result: dict, path: Path) -> None:
         ends = np.array([arm[f"{name}_interval"] for arm in arms.values()])
         errors = np.abs(ends - values[:, None]).T
         bars.bar(np.arange(len(arms)) + offset, values, 0.38, yerr=errors, capsize=3, color=colour, label=name)
-    bars.set(xticks=range(len(arms)), xticklabels=arms, ylim=(0, 105), ylabel="% of stories, of scenes")
+    labels = [textwrap.fill(label, _LABEL_WIDTH) for label in arms]
+    bars.set(xticks=range(len(arms)), xticklabels=labels, ylim=(0, 105), ylabel="% of stories, of scenes")
     bars.set_title(result["claim"], fontsize=9)
     bars.legend(loc="lower left", bbox_to_anchor=(1, 0), frameon=False)
     for axis, arm in zip(axes[1], arms.values(), strict=True):
@@ -59,9 +62,9 @@ def _draw_by_scene(axis, agreement: np.ndarray, semantic: np.ndarray):
     axis.set(ylim=(0, 105), xlabel="scene", ylabel="% as the first")
 
 
-def draw_story(path: Path, truth: Story, frames: np.ndarray, num_known: int) -> None:
-    """The storyboard of one sampled story (s f h w 3)."""
-    large = frames.repeat(_ENLARGED, axis=2).repeat(_ENLARGED, axis=3)
+def draw_story(path: Path, truth: Story, scenes: Sequence[np.ndarray], num_known: int) -> None:
+    """The storyboard of one sampled story, the frames (f h w 3) of each scene."""
+    large = [frames.repeat(_ENLARGED, axis=1).repeat(_ENLARGED, axis=2) for frames in scenes]
     labels = ["given" if number < num_known else "" for number in range(len(truth))]
     rows: Sequence[StoryboardScene] = [
         StoryboardScene(scene.said.caption, video, label)

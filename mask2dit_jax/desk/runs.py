@@ -1,9 +1,11 @@
 """Training runs: the train main with a config, in a process of its own, as often as it takes and not once more."""
 
+import collections
 import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from mask2dit_jax.errors import UserError
@@ -15,6 +17,7 @@ _ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=1",
     "OMP_NUM_THREADS": "1",
 }
+_LOCKS = collections.defaultdict(threading.Lock)  # by workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +60,17 @@ class Run:
 def train(run: Run, output: Path) -> None:
     """Trains to the end, from wherever an earlier try stopped; nothing happens where it is done.
 
+    Threads may ask for the same run, as a run's start may be a run of its own: one of them trains it.
+
     Raises:
         UserError: the run fails; its log is named.
     """
-    done = run.workdir(output) / "done"
-    if done.exists():
-        return
+    with _LOCKS[run.workdir(output)]:
+        if not (run.workdir(output) / "done").exists():
+            _train(run, output)
+
+
+def _train(run: Run, output: Path) -> None:
     if run.start:
         train(run.start, output)
     log = run.workdir(output) / "log.txt"
@@ -73,4 +81,4 @@ def train(run: Run, output: Path) -> None:
     if code or not checkpoint.has_checkpoint(run.workdir(output)):
         last = log.read_text().strip().splitlines()[-1:]
         raise UserError(f"run {run.name} failed ({''.join(last)}); see {log}, then start again: it goes on from there")
-    done.write_text(" ".join(run.command(output)) + "\n")
+    (run.workdir(output) / "done").write_text(" ".join(run.command(output)) + "\n")

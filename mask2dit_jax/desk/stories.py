@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
 
 from mask2dit_jax.axes import Array, Floats
+from mask2dit_jax.desk.readers import Frames
 from mask2dit_jax.desk.world import TEXT_TOKENS, Story, render
 from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
@@ -36,6 +36,7 @@ class Protocol:
         num_known: scenes of the world itself that a story starts from; 0, or at least `WINDOW - 1`.
         condition: known scenes are shown "clean" or "noised" at t = 0.
         reencode: finished scenes go through pixels (8 bits) before they become context, as if they came from a file.
+        scene_frames: latent frames of each scene; (): what the model was trained with.
     """
 
     name: str = "fixed"
@@ -43,6 +44,7 @@ class Protocol:
     num_scenes: int = WINDOW
     condition: str = "clean"
     reencode: bool = False
+    scene_frames: tuple[int, ...] = ()
 
 
 class StoryMaker:
@@ -59,21 +61,25 @@ class StoryMaker:
         self._text = TextEncoder(pretrained, TEXT_TOKENS, jnp.float32)
         self._codec = VideoCodec(pretrained, jnp.float32)
 
-    def __call__(self, stories: Sequence[Story], protocol: Protocol) -> UInt8[np.ndarray, "n s f h w 3"]:
+    def __call__(self, stories: Sequence[Story], protocol: Protocol) -> list[Frames]:
         """Samples a story for the prompts of each of `stories` (all of `protocol.num_scenes` scenes).
 
-        The scenes that are given are there too, as they came.
+        Returns:
+            The first scene of every story, the second of every story, and so on. The scenes that are given are there
+            too, as they came.
         """
         text, key = self.embed(stories), jax.random.key(0)
+        lengths = protocol.scene_frames or (self.model.base_frames,) * protocol.num_scenes
         scenes = []
         if protocol.num_known:
             given = self.encode([story[: protocol.num_known] for story in stories])
             scenes = jnp.split(given, protocol.num_known, axis=1)
         for window in plan_windows(protocol.num_scenes, WINDOW, protocol.num_known):
             known = [self._recoded(scenes[i]) if protocol.reencode else scenes[i] for i in window.known]
-            scenes += self._sample(known, text[:, np.array(window.scenes)], jax.random.fold_in(key, window.new[0]))
-        frames = [np.stack([self._codec.decode(latents) for latents in scene]) for scene in scenes]
-        return np.stack(frames, axis=1)
+            frames = tuple(lengths[i] for i in window.scenes)
+            window_key = jax.random.fold_in(key, window.new[0])
+            scenes += self._sample(known, text[:, np.array(window.scenes)], frames, window_key)
+        return [np.stack([self._codec.decode(latents) for latents in scene]) for scene in scenes]
 
     def embed(self, stories: Sequence[Story]) -> Floats["n s t x"]:
         """The prompts of each story."""
@@ -85,12 +91,14 @@ class StoryMaker:
         """What the world shows of each story, its scenes one after the other: scaled latents."""
         return self._to_latents([np.concatenate([render(scene) for scene in story]) for story in stories])
 
-    def _sample(self, known: list[Floats["n f h w c"]], text: Floats["n s t x"], key: Array) -> list:
-        """The new scenes of one window."""
+    def _sample(
+        self, known: list[Floats["n _f h w c"]], text: Floats["n s t x"], frames: tuple[int, ...], key: Array
+    ) -> list[Floats["n _f h w c"]]:
+        """The new scenes of one window whose scenes have so many frames."""
         start_key, condition_key, step_key = jax.random.split(key, 3)
-        num_scenes, (frames, height, width, channels) = text.shape[1], self._scene_shape()
-        layout = self.model.layout((frames,) * num_scenes, height, width)
-        shape = (len(text), frames * (num_scenes - len(known)), height, width, channels)
+        num_scenes, (height, width) = text.shape[1], self._codec.config.sample_latents
+        layout = self.model.layout(frames, height, width)
+        shape = (len(text), sum(frames[len(known) :]), height, width, self.model.latent_channels)
         parts = [jax.random.normal(start_key, shape)]
         if known:
             parts.insert(0, self._sampler.conditions(jnp.concatenate(known, axis=1), condition_key))
@@ -98,10 +106,6 @@ class StoryMaker:
         latents = jnp.concatenate(parts, axis=1)
         latents = self._sampler(latents, text, jnp.zeros_like(text), is_known, layout=layout, key=step_key)
         return [latents[:, part] for part in layout.frame_slices[len(known) :]]
-
-    def _scene_shape(self) -> tuple[int, int, int, int]:
-        height, width = self._codec.config.sample_latents
-        return self.model.base_frames, height, width, self.model.latent_channels
 
     def _recoded(self, latents: Floats["n f h w c"]) -> Floats["n f h w c"]:
         return self._to_latents([self._codec.decode(z) for z in latents])

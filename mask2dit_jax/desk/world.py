@@ -43,11 +43,15 @@ class Said:
     """What a scene's caption says of it."""
 
     colour: str
-    direction: str
+    direction: str | None  # None: not seen, in a scene of one frame
 
     @property
     def caption(self) -> str:
         return f"{self.colour} {self.direction}"
+
+    def shows(self, prompt: "Said") -> bool:
+        """Whether all that is seen is as `prompt` says."""
+        return self.colour == prompt.colour and self.direction in (None, prompt.direction)
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -78,7 +78,7 @@ def sample(output, protocol) -> dict:
     """v2's figures, sampled anew by the code as it is now."""
     maker = StoryMaker(V2.workdir(output), output / "world" / "pretrained")
     truth = evidence.evaluation_stories(protocol)
-    reading = evidence.measure(evidence.read_stories(maker(truth, protocol)), truth)
+    reading = evidence.measure(maker(truth, protocol), truth)
     return evidence.summary([reading], dataclasses.replace(ARMS["v2"], protocol=protocol))
 
 

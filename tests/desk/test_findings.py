@@ -53,5 +53,5 @@ def test_a_table_is_drawn(tmp_path, num_scenes):
 
 def test_a_sampled_story_is_drawn(tmp_path):
     story = draw_stories(0, 1)[0]
-    plots.draw_story(tmp_path / "story.png", story, np.stack([render(scene) for scene in story]), num_known=2)
+    plots.draw_story(tmp_path / "story.png", story, [render(scene) for scene in story], num_known=2)
     assert min(Image.open(tmp_path / "story.png").size) > 300
