@@ -25,7 +25,7 @@ from mask2dit_jax.port import pretrained as port
 from mask2dit_jax.training.step import Objective, denoising_loss
 from mask2dit_jax.transformer import TransformerSource
 
-STEPS = 300
+STEPS = 260
 FIELDS = (("num_steps", STEPS), ("optimizer.decay_steps", STEPS), ("checkpoint_every", STEPS))
 ARMS = {mask: Arm(mask, (Run(mask, 0, (("mask", mask), *FIELDS)),)) for mask in ("v1", "v2", "v5")}
 V2 = ARMS["v2"].runs[0]
