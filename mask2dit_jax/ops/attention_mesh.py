@@ -54,8 +54,9 @@ def exchange(attend: Callable, tokens: int) -> Callable:
     return local
 
 
-# What goes to each device is laid out as a whole first, along a leading axis. An exchange along the axis of tokens, whose
-# shares are no multiple of a register's rows, costs XLA's TPU compiler a hundred seconds of shuffling code; this, three.
+# What goes to each device is laid out as a whole first, along a leading axis. An exchange along the axis of tokens,
+# whose shares are no multiple of a register's rows, costs XLA's TPU compiler a hundred seconds of shuffling code; this,
+# three.
 
 
 def _tokens_of_fewer_heads(x: Floats["b l k m"], context: int) -> Floats["b lc kc m"]:
