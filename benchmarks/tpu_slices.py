@@ -2,8 +2,8 @@
 
     python benchmarks/tpu_slices.py --figures=DIR [--only=sft.py:5b]
 
-One process a program, as each takes 1 to 3 minutes and up to 4 GB; what is in DIR already is not compiled again. The
-two stages are the same program (p is data), so SFT stands for both.
+One process a program, as each takes up to 2 minutes and 4 GB; what is in DIR already is not compiled again, and rows
+whose program is not in DIR stay as they are. The two stages are the same program (p is data), so SFT stands for both.
 """
 
 import json
@@ -61,9 +61,12 @@ def main(_):
     folder, page = Path(FIGURES.value), Path(TABLE.value)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {program: figures_of(program, folder) for program in PROGRAMS}
-    rows = [row(program, json.loads(path.read_text())) for program, path in paths.items() if path.exists()]
     before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text("\n".join([before + BEGIN, "", HEAD, *rows, "", END]) + rest.partition(END)[2])
+    table, _, after = rest.partition(END)
+    rows = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+    rows |= {program: row(program, json.loads(path.read_text())) for program, path in paths.items() if path.exists()}
+    ordered = [rows[program] for program in PROGRAMS if program in rows]
+    page.write_text("\n".join([before + BEGIN, "", HEAD, *ordered, "", END]) + after)
 
 
 if __name__ == "__main__":
