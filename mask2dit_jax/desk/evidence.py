@@ -1,6 +1,7 @@
 """From trained runs to a table: sample the same stories from each, read them, average, with intervals."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +29,17 @@ def sampled(run: Run, protocol: Protocol, output: Path) -> list[Frames]:
     """The evaluation stories as this run makes them, scene after scene: from disk if they were made before."""
     path = run.workdir(output) / f"{protocol.name}.npz"
     if not path.exists():
-        maker = StoryMaker(run.workdir(output), output / "world" / "pretrained", protocol.condition)
-        scenes = maker(evaluation_stories(protocol), protocol)
+        scenes = _maker(run, output, protocol.condition)(evaluation_stories(protocol), protocol)
         with atomic_output(path) as partial:
             np.savez_compressed(partial, *scenes)
     with np.load(path) as stored:
         return [stored[f"arr_{number}"] for number in range(len(stored))]
+
+
+@functools.lru_cache(maxsize=64)
+def _maker(run: Run, output: Path, condition: str) -> StoryMaker:
+    """Kept, as what it has compiled for one protocol serves most others."""
+    return StoryMaker(run.workdir(output), output / "world" / "pretrained", condition)
 
 
 def read_run(run: Run, protocol: Protocol, output: Path) -> Reading:
