@@ -7,12 +7,12 @@ from mask2dit_jax.desk.runs import Run
 from mask2dit_jax.desk.stories import Protocol
 
 SEEDS = (0, 1, 2)
-NUM_STORIES, FEW = 4000, 36
+NUM_STORIES, FEW = 4000, (36, 9)
 UNRELATED = (25, 50, 100)  # percent
 # Training stories: what `world.draw_stories` is asked for.
 STORIES = {
     "stories": {"count": NUM_STORIES},
-    "few": {"count": FEW},
+    **{f"few-{count:02d}": {"count": count} for count in FEW},
     **{f"unrelated-{share:03d}": {"count": NUM_STORIES, "unrelated": share / 100} for share in UNRELATED},
 }
 MASKS = ("v1", "v2", "v3", "v4", "v5")
@@ -96,15 +96,20 @@ TABLE_3 = Finding(
     ),
 )
 _PRETRAINED = _runs("table5-pretrain", stage="pretrain")
-_SHORT = {"num_steps": 200, "optimizer__decay_steps": 200, "checkpoint_every": 200}
 TABLE_5 = Finding(
     "table5",
     "pretraining teaches obedience without agreement; after it, SFT needs few stories",
     (
         Arm("pretraining", _PRETRAINED),
         Arm(f"SFT, {NUM_STORIES} stories", _V2),
-        Arm(f"SFT, {FEW} stories", _runs("table5-few", stories="few")),
-        Arm(f"pretraining + SFT, {FEW} stories", _runs("table5-both", stories="few", starts=_PRETRAINED, **_SHORT)),
+        *(
+            Arm(
+                f"{label} {count} stories",
+                _runs(f"table5-{name}-{count:02d}", stories=f"few-{count:02d}", starts=starts),
+            )
+            for count in FEW
+            for label, name, starts in (("SFT,", "sft", ()), ("pretraining + SFT,", "both", _PRETRAINED))
+        ),
     ),
 )
 _MIXED = _runs("table8-mixed", scene_frames="((2,2,2),(1,1,1),(2,1,2),(1,2,1))")
