@@ -98,7 +98,7 @@ TABLE_3 = Finding(
 _PRETRAINED = _runs("table5-pretrain", stage="pretrain")
 TABLE_5 = Finding(
     "table5",
-    "pretraining teaches obedience without agreement; after it, SFT needs few stories",
+    "pretraining alone obeys and does not agree, SFT does both, the two together do a little better",
     (
         Arm("pretraining", _PRETRAINED),
         Arm(f"SFT, {NUM_STORIES} stories", _V2),
