@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# With huge pages a step of the tiny preset takes a third less: its memory is fresh each time, and pages cost more than sums.
+# With huge pages a step of the tiny preset takes a quarter less: its memory is fresh each time (docs/speed.md).
 CPU := JAX_PLATFORMS=cpu GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .PHONY: setup demo desk test lint clean
