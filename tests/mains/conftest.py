@@ -14,6 +14,7 @@ from transformers import T5Config, T5EncoderModel
 from mask2dit_jax import setup_run
 from mask2dit_jax.data.sources import Clip, Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.data.video_writer import write_video
+from tests.conftest import XLA_FLAGS
 from tests.mains import process
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 160, 40), "blue": (40, 40, 200), "grey": (120, 120, 120)}
@@ -25,8 +26,6 @@ def settings(**fields: object) -> tuple[str, ...]:
     """Flags that set fields of the config; "__" stands for the dot of a nested one."""
     return tuple(f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items())
 
-
-XLA_FLAGS = "--xla_backend_optimization_level=0"  # programs are compiled in half the time
 
 # As small as the VAE allows.
 SMALL = settings(height=HEIGHT, width=WIDTH, num_frames=5)

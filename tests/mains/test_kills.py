@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.mains.conftest import XLA_FLAGS
+from tests.conftest import XLA_FLAGS
 from tests.mains.killing import Job, kill_again_and_again, steps
 from tests.mains.process import ROOT
 from tests.mains.test_train import assert_same, read, scalars

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import tests.conftest  # noqa: F401  the signatures are checked here too
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.ops.attention import IMPLEMENTATIONS, dense_attention
 from mask2dit_jax.ops.attention_splash import splash_attention
 from mask2dit_jax.ops.masks import PREDICATES
 from mask2dit_jax.parallel.mesh import AXES
+from tests.conftest import XLA_FLAGS  # the signatures are checked here too
 
 # 327 tokens: they divide over no mesh and fill no block.
 LAYOUT = SceneLayout(frames=(2, 1, 3), grid=(5, 9), text_tokens=19)
@@ -66,8 +66,8 @@ def differences(mask: str) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    # Read when the first device is asked for. Nearly all of the time is compilation: level 0 takes half of it.
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # Read when the first device is asked for.
+    os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
     results = {}
     for each in PREDICATES:
         results |= differences(each)

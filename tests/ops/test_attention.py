@@ -20,12 +20,8 @@ ONE_SCENE = SceneLayout(frames=(2,), grid=(2, 2), text_tokens=3)
 LAYOUTS = {"equal": EQUAL, "unequal": UNEQUAL, "one": ONE_SCENE}
 
 
-# These programs run once: most of the time is their compilation, and without optimisation it is half of that.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def make_attend(mask, layout, implementation):
-    return jit(functools.partial(attend, mask=mask, layout=layout, implementation=implementation))
+    return jax.jit(functools.partial(attend, mask=mask, layout=layout, implementation=implementation))
 
 
 def random_qkv(layout, heads=2, dim=4, batch=1, seed=0):
@@ -49,7 +45,7 @@ def test_equals_the_definition_and_its_jacobian_is_zero_exactly_where_the_mask_f
     run = functools.partial(attend, mask=mask, layout=layout, implementation=implementation)
     allowed = dense_mask(mask, layout)
 
-    @jit
+    @jax.jit
     def output_and_influence(q, k, v):
         """The output, and the influence, query token x token, of the keys and of the values."""
         jacobians = jax.jacrev(lambda *args: run(*args)[0], argnums=(1, 2))(q, k, v)
@@ -67,7 +63,7 @@ def gradients(mask, layout, implementation):
     q, k, v = random_qkv(layout)
     weights = random_qkv(layout, seed=1)[0]
     run = functools.partial(attend, mask=mask, layout=layout, implementation=implementation)
-    return jit(jax.grad(lambda *args: (run(*args) * weights).sum(), argnums=(0, 1, 2)))(q, k, v)
+    return jax.jit(jax.grad(lambda *args: (run(*args) * weights).sum(), argnums=(0, 1, 2)))(q, k, v)
 
 
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "dense"])

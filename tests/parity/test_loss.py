@@ -59,23 +59,24 @@ def test_loss_and_gradients(case):
         assert np.linalg.norm(torch_grads[key]()) == pytest.approx(norm, rel=1e-4, abs=1e-6), key
 
 
+@functools.cache
+def gradients(attention: str, remat: str) -> list[jax.Array]:
+    config = DiTConfig(2, 16, 3, 4, time_embed_dim=16, text_embed_dim=8, text_tokens=5, remat=remat,
+                       attention=attention)  # fmt: skip
+    graph, params = nnx.split(DiT(config, rngs=nnx.Rngs(0)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = tree.unflatten([0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+    run = functools.partial(DiT.__call__, layout=config.layout((2, 1, 3), 4, 6))
+    latents = jax.random.normal(jax.random.key(2), (1, 6, 4, 6, 4))
+    text = jax.random.normal(jax.random.key(3), (1, 3, 5, 8))
+    time = jnp.array([[0, 0, 700]])
+    loss = jax.jit(jax.grad(lambda p: jnp.square(run(nnx.merge(graph, p), latents, text, time)).mean()))
+    return jax.tree.leaves(loss(params))
+
+
 @pytest.mark.parametrize("remat", ["full", "dots"])
 @pytest.mark.parametrize("attention", ["dense", "grouped"])
 def test_rematerialisation_changes_no_gradient(remat, attention):
-    def gradients(remat):
-        config = DiTConfig(2, 16, 3, 4, time_embed_dim=16, text_embed_dim=8, text_tokens=5, remat=remat,
-                           attention=attention)  # fmt: skip
-        model = DiT(config, rngs=nnx.Rngs(0))
-        graph, params = nnx.split(model)
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        params = tree.unflatten([0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
-        layout = config.layout((2, 1, 3), 4, 6)
-        run = functools.partial(DiT.__call__, layout=layout)
-        latents = jax.random.normal(jax.random.key(2), (1, 6, 4, 6, 4))
-        text = jax.random.normal(jax.random.key(3), (1, 3, 5, 8))
-        time = jnp.array([[0, 0, 700]])
-        return jax.jit(jax.grad(lambda p: jnp.square(run(nnx.merge(graph, p), latents, text, time)).mean()))(params)
-
-    for a, b in zip(jax.tree.leaves(gradients("none")), jax.tree.leaves(gradients(remat)), strict=True):
+    for a, b in zip(gradients(attention, "none"), gradients(attention, remat), strict=True):
         assert_close(a, b, 1e-6 * max(1.0, float(np.abs(a).max())))

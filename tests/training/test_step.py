@@ -17,7 +17,6 @@ CONFIG = DiTConfig(2, 16, 1, 4, time_embed_dim=16, text_embed_dim=8, text_tokens
 LAYOUT = CONFIG.layout((1, 1, 2), 4, 6)
 SCHEDULE = NoiseSchedule(ScheduleConfig.cogvideox_5b())
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0, clip_norm=1.0))
-FAST = {"xla_backend_optimization_level": 0}  # to compile, which takes longer than these few steps
 
 
 def batch(size=4):
@@ -35,7 +34,7 @@ def new_model():
 def train_step(probability, seed):
     objective = Objective(SCHEDULE, LAYOUT, 1.0, condition_probability=probability)
     step = make_train_step(new_model()[0], OPTIMIZER, objective, seed)
-    return jax.jit(step, compiler_options=FAST)
+    return jax.jit(step)
 
 
 def run(probability, num_steps, seed=0):
@@ -99,7 +98,7 @@ def test_a_condition_is_seen_clean_and_is_not_learnt():
     text = batch(1)["text"]
     x, noise = jax.random.normal(jax.random.key(4), (2, 1, 4, 4, 6, 4))
     known = jnp.array([[True, True, False]])
-    loss = jax.jit(functools.partial(denoising_loss, model, objective), compiler_options=FAST)
+    loss = jax.jit(functools.partial(denoising_loss, model, objective))
 
     def value(x, noise):
         return float(loss(x, text, noise, jnp.array([600]), known)[0])
