@@ -13,6 +13,7 @@ from mask2dit_jax.errors import UserError
 
 _MOST_IN_MATRIX = 4  # scenes
 _LABEL_WIDTH = 14  # letters
+_LETTERS_PER_ARM = 21  # of the title
 _ENLARGED = 36  # a pixel of the world, in pixels of a storyboard
 _COLOURS = {"visual": "#3d6f9e", "semantic": "#d08a3e"}
 
@@ -34,7 +35,7 @@ def plot_table(result: dict, path: Path) -> None:
         bars.bar(np.arange(len(arms)) + offset, values, 0.38, yerr=errors, capsize=3, color=colour, label=name)
     labels = [textwrap.fill(label, _LABEL_WIDTH) for label in arms]
     bars.set(xticks=range(len(arms)), xticklabels=labels, ylim=(0, 105), ylabel="% of stories, of scenes")
-    bars.set_title(result["claim"], fontsize=9)
+    bars.set_title(textwrap.fill(result["claim"], _LETTERS_PER_ARM * len(arms)), fontsize=9)
     bars.legend(loc="lower left", bbox_to_anchor=(1, 0), frameon=False)
     for axis, arm in zip(axes[1], arms.values(), strict=True):
         matrix = np.array(arm["matrix"])
@@ -56,10 +57,10 @@ def _draw_matrix(axis, matrix: np.ndarray):
 
 
 def _draw_by_scene(axis, agreement: np.ndarray, semantic: np.ndarray):
-    """How far a story keeps what its first scene showed."""
+    """How far a story keeps what its first scene showed, and how well each scene obeys."""
     for values, colour in zip((agreement, semantic), _COLOURS.values(), strict=True):
         axis.plot(range(1, len(values) + 1), values, color=colour, marker=".")
-    axis.set(ylim=(0, 105), xlabel="scene", ylabel="% as the first")
+    axis.set(ylim=(0, 105), xlabel="scene", ylabel="%")
 
 
 def draw_story(path: Path, truth: Story, scenes: Sequence[np.ndarray], num_known: int) -> None:
