@@ -29,5 +29,5 @@ sources=$HOME_IN_BUCKET/sources.tar.gz
 if (($# == 0)); then pack; fi
 # Folders that hold code are replaced, so that a file deleted here is deleted there; data and .venv stay.
 on_workers all "set -eo pipefail; mkdir -p mask2dit_jax; cd mask2dit_jax; rm -rf mask2dit_jax configs launch; \
-gcloud storage cat $(quoted "$sources") | tar -xz; bash launch/worker/install.sh"
+gcloud storage cat $(quoted "$sources") | tar -xz; $(quoted env WEIGHTS="${WEIGHTS:-}") bash launch/worker/install.sh"
 say "installed on all workers of $NAME; next: launch/run.sh STAGE --flag=value ..."

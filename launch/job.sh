@@ -11,7 +11,7 @@ load_settings
 # On a worker that has nothing installed yet, nothing happens.
 at_worker() {
   local script=mask2dit_jax/launch/worker/job.sh
-  echo "test ! -f $script || $(quoted env HOME_IN_BUCKET="$HOME_IN_BUCKET" bash $script "$1")"
+  echo "test ! -f $script || $(quoted env HOME_IN_BUCKET="$HOME_IN_BUCKET" ${STOP_WAIT:+STOP_WAIT="$STOP_WAIT"} bash $script "$1")"
 }
 
 newest_job() {

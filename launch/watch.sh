@@ -77,7 +77,7 @@ else
 fi
 while [[ $outcome == lost ]]; do
   ensure_slice
-  "$LAUNCH/job.sh" stop || : # where some workers have restarted and others have not
+  STOP_WAIT=30 "$LAUNCH/job.sh" stop || : # where some workers have restarted and others wait for them in vain
   if start_job "$@"; then
     starts_failed=0
     outcome=$(follow_job)

@@ -9,6 +9,7 @@ UPLOAD_EVERY=${UPLOAD_EVERY:-60}
 # JAX takes 100 s to notice a partner that died. Who starts again earlier meets workers that still wait for the old one;
 # three times a minute outlasts that.
 RESTART_DELAY=${RESTART_DELAY:-60}
+STOP_WAIT=${STOP_WAIT:-600} # seconds for the step in flight to end, and for the checkpoint to reach the bucket
 GOOD_WHILE=600 # an attempt that lasted ten minutes shows that the job can run: restarts are counted anew
 
 # GKE says it in a variable, a TPU VM in its metadata.
@@ -91,10 +92,8 @@ stop() {
   is_running "$folder" || return 0
   group=$(<"$folder/pid")
   kill -TERM -- "-$group"
-  for _ in {1..150}; do # half a minute
-    kill -0 -- "-$group" 2>/dev/null || break
-    sleep 0.2
-  done
+  local until=$((SECONDS + STOP_WAIT))
+  while ((SECONDS < until)) && kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
   kill -KILL -- "-$group" 2>/dev/null || :
   finish "$folder" 143
 }

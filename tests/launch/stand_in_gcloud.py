@@ -83,6 +83,10 @@ def copy(names, flags):
     shutil.copy(source, target)
 
 
+def sync(names, flags):
+    shutil.copytree(local(names[2]), names[3], dirs_exist_ok=True)
+
+
 def cat(names, flags):
     sys.stdout.flush()
     sys.stdout.buffer.write(local(names[2]).read_bytes())
@@ -133,6 +137,7 @@ COMMANDS = {
     "tpu-vm delete": delete,
     "tpu-vm ssh": ssh,
     "storage cp": copy,
+    "storage rsync": sync,
     "storage cat": cat,
     "storage ls": list_folder,
 }

@@ -57,6 +57,17 @@ def test_install_again_takes_what_was_packed_and_removes_what_is_gone(ready):
         assert {"COMMIT", "PACKED", "launch/worker/job.sh"} <= set(archive.getnames())
 
 
+def test_install_brings_weights_to_each_worker(cloud):
+    weights = cloud.folder / "bucket/bucket/models/CogVideoX-5b/vae"
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_text("{}")
+    cloud.succeed("create.sh", "--now")
+    cloud.succeed("install.sh", WEIGHTS="gs://bucket/models/CogVideoX-5b")
+    for number in (0, 1):
+        sources = cloud.folder / f"worker_{number}" / "mask2dit_jax"
+        assert (sources / "weights/CogVideoX-5b/vae/config.json").read_text() == "{}"
+
+
 def test_run_reaches_every_worker_word_by_word(ready):
     ready.succeed("run.sh", "train", *AWKWARD, LIBTPU_INIT_ARGS="--xla_one=true --xla_two='3 4'")
     wait_for(has_ended(ready))
