@@ -36,6 +36,10 @@ def _reporting(main):
             return
         except UserError as error:
             message = str(error)
+        except ImportError as error:
+            if "gcsfs" not in str(error):
+                raise
+            message = 'a path in gs:// needs a package that is not installed; pip install -e ".[gcs]"'
         # Out here the error and the frames it held are gone, so that an open progress bar has ended its line.
         _die(message)
 

@@ -53,6 +53,11 @@ flags.register_multi_flags_validator(
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
+    if _REPEAT.value and (_CONFIG.value is not None or _STORY.value):
+        raise UserError(
+            f"--repeat takes config and story from {_REPEAT.value}; leave out --config and --story, and to change a "
+            "field (pretrained, checkpoint), change it in a copy of that file"
+        )
     distributed.initialize()
     caches.keep_compiled_programs()
     config, stories = _repeated(_REPEAT.value) if _REPEAT.value else _asked(_CONFIG.value)

@@ -23,11 +23,16 @@ def read_captions(path: str | Path) -> Captions:
     """
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {video: {int(number): str(text) for number, text in shots.items()} for video, shots in raw.items()}
+        captions = {video: {int(number): text for number, text in shots.items()} for video, shots in raw.items()}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a captions file") from error
     except (ValueError, AttributeError) as error:
         raise UserError(f'{path}: must be json like {{"video name": {{"1": "caption"}}}} ({error})') from error
+    for video, shots in captions.items():
+        for number, text in shots.items():
+            if not isinstance(text, str):
+                raise UserError(f"{path}: caption {number} of {video} is {json.dumps(text)}; give a text in quotes")
+    return captions
 
 
 def build_dataset(

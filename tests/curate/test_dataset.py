@@ -77,6 +77,12 @@ def test_two_videos_of_one_name(videos, tmp_path):
         build([videos[0], tmp_path / "other" / "film.mp4"], tmp_path / "out")
 
 
+def test_captions_that_are_no_texts(tmp_path):
+    (tmp_path / "captions.json").write_text('{"film": {"1": "x", "2": null}}')
+    with pytest.raises(UserError, match=r"captions.json: caption 2 of film is null; give a text in quotes"):
+        read_captions(tmp_path / "captions.json")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"film": {"one": "x"}}', '{"film": ["x"]}'])
 def test_faults_in_captions(tmp_path, content):
     (tmp_path / "captions.json").write_text(content)
