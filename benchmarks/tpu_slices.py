@@ -3,10 +3,12 @@
     python benchmarks/tpu_slices.py --figures=DIR [--only=sft.py:5b]
 
 One process a program, as each takes up to 2 minutes and 4 GB; what is in DIR already is not compiled again, and rows
-whose program is not in DIR stay as they are. The two stages are the same program (p is data), so SFT stands for both.
+whose program is not in DIR stay as they are. The two stages are the same program (p is data), so SFT stands for both;
+one host samples a story, so one slice of each kind of chip stands for the others.
 """
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +18,18 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is no part of the package
 
 from configs.slices import SLICES
-from mask2dit_jax.parallel.chips import parse_topology
 
 FIGURES = flags.DEFINE_string("figures", None, "Folder for a JSON file a program.", required=True)
 ONLY = flags.DEFINE_string("only", "", "Compile only programs whose name holds this.")
 TABLE = flags.DEFINE_string("table", "docs/tpu.md", "The page whose table is rewritten.")
 
-PROGRAMS = tuple(f"{stage}.py:{size},{name}" for stage in ("sft", "sample") for size in ("2b", "5b") for name in SLICES)
+OF_EACH_KIND = tuple({name.partition("-")[0]: name for name in reversed(SLICES)}.values())
+PROGRAMS = tuple(
+    f"{stage}.py:{size},{name}"
+    for stage, names in (("sft", SLICES), ("sample", OF_EACH_KIND[::-1]))
+    for size in ("2b", "5b")
+    for name in names
+)
 BEGIN, END = "<!-- table: benchmarks/tpu_slices.py -->", "<!-- end of table -->"
 HEAD = (
     "| config | chips | mesh d x f x c x t | batch | HBM GiB a chip | to spare | matrix work | attention work "
@@ -43,7 +50,7 @@ def figures_of(program: str, folder: Path) -> Path:
 
 def row(program: str, found: dict) -> str:
     mesh = " x ".join(str(size) for size in found["mesh"].values())
-    start = f"| `{program}` | {parse_topology(program.partition(',')[2]).num_chips} | {mesh} | {found['batch']} "
+    start = f"| `{program}` | {math.prod(found['mesh'].values())} | {mesh} | {found['batch']} "
     memory = f"| {found['hbm_peak_gib']:.1f} of {found['hbm_limit_gib']:.1f} | {found['hbm_headroom_gib']:.1f} "
     if found["roofline_seconds"] is None:
         return start + memory + "| - " * 5 + f"| {found['compile_seconds']:.0f} s |"

@@ -16,7 +16,7 @@ from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.dit import DiT
 from mask2dit_jax.ops.positions import check_table
 from mask2dit_jax.parallel import sharding
-from mask2dit_jax.parallel.mesh import check_tokens, make_mesh
+from mask2dit_jax.parallel.mesh import check_tokens
 from mask2dit_jax.parallel.module import abstract_module
 from mask2dit_jax.port import pretrained as port
 from mask2dit_jax.sampling.generate import WindowSampler
@@ -45,7 +45,7 @@ class SamplingModels:
         self._schedule = NoiseSchedule(port.load_schedule(self._pretrained))
         sides = config.height, config.width
         self._latent_size = tuple(side // self.vae.spatial_compression_ratio for side in sides)
-        self.mesh = make_mesh(config.mesh.to_dict(), jax.local_devices(), batch_size=1 + self.sampling.guided)
+        self.mesh = setup_run.sampling_mesh(config, self.model, self.vae, jax.local_devices())
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

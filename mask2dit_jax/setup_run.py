@@ -1,10 +1,12 @@
 """From a run config (ml_collections) to the frozen dataclasses and sizes that the package works with."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
@@ -21,6 +23,7 @@ from mask2dit_jax.models.dit import DiTConfig
 from mask2dit_jax.models.lora import PATTERN, LoRAConfig
 from mask2dit_jax.models.t5 import T5Config
 from mask2dit_jax.ops import attention, masks
+from mask2dit_jax.parallel.mesh import make_mesh, sizes_for_any_length
 from mask2dit_jax.port.pretrained import load_config
 from mask2dit_jax.sampling.generate import SamplingConfig
 from mask2dit_jax.training.optimizer import OptimizerConfig
@@ -253,6 +256,14 @@ def stored_model(source: TransformerSource, wanted: DiTConfig, config: ConfigDic
 def sampling_config(config: ConfigDict) -> SamplingConfig:
     sampler = SamplerConfig(**config.sampler.to_dict())
     return SamplingConfig(sampler, config.guidance, config.guidance_scale, config.condition)
+
+
+def sampling_mesh(config: ConfigDict, model: DiTConfig, vae: CodecConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """Of the devices of one host; it takes stories whose scenes have other lengths than the config's, too."""
+    layout, copies = scene_layout(config, model, vae), 1 + sampling_config(config).guided
+    parts = layout.text_tokens, math.prod(layout.grid)
+    sizes = sizes_for_any_length(config.mesh.to_dict(), len(devices), copies, parts, model.num_heads)
+    return make_mesh(sizes, devices)
 
 
 def check_encoders(model: DiTConfig, pretrained) -> None:

@@ -3,8 +3,9 @@
     python -m mask2dit_jax.train_compile --config=configs/sft.py:5b --topology=v5p:4x4x4 --json=FILE
 
 A training config compiles the very `train_step` that train runs, a sampling config the denoising step that sample
-runs; --encoders adds the text encoder and the VAE. Without pretrained weights the sizes are CogVideoX's own. FILE
-holds the figures of the main program, those of all under "programs", and what the job holds in HBM at once under "job".
+runs, on one host of the slice; --encoders adds the text encoder and the VAE. Without pretrained weights the sizes are
+CogVideoX's own. FILE holds the figures of the main program, those of all under "programs", and what the job holds in
+HBM at once under "job".
 """
 
 import dataclasses
@@ -60,10 +61,14 @@ def main(argv):
     is_training = "num_steps" in config
     setup_run.check_values(config, "train_compile", "num_steps" if is_training else "prompts")
     sizes = Sizes.of(config)
-    batch = config.global_batch_size if is_training else 1 + setup_run.sampling_config(config).guided
-    at_once = setup_run.samples_at_once(config) if is_training else batch
-    mesh = make_mesh(config.mesh.to_dict(), topology.devices(), at_once)
-    reports = [(_compile_train if is_training else _compile_denoise)(config, mesh, topology, sizes)]
+    if is_training:
+        batch = config.global_batch_size
+        mesh = make_mesh(config.mesh.to_dict(), topology.devices(), setup_run.samples_at_once(config))
+        reports = [_compile_train(config, mesh, topology, sizes)]
+    else:
+        batch, host = 1 + setup_run.sampling_config(config).guided, topology.host()  # each host samples its own stories
+        mesh = setup_run.sampling_mesh(config, sizes.model, sizes.vae, host.devices())
+        reports = [_compile_denoise(config, mesh, host, sizes)]
     if _ENCODERS.value:
         reports += _compile_encoders(config, topology, sizes, decode=not is_training)
     print(format_table(reports))

@@ -90,6 +90,22 @@ def choose_sizes(sizes: dict[str, int], num_devices: int, num_slices: int, batch
     return chosen
 
 
+def sizes_for_any_length(
+    sizes: dict[str, int], num_devices: int, batch_size: int, parts: Sequence[int], num_heads: int
+) -> dict[str, int]:
+    """As `choose_sizes`, for samples whose scenes may have any length: tokens are split no further than always works.
+
+    Args:
+        parts: tokens that samples are made of, such as those of a text and of a latent frame.
+        num_heads: they take the devices that tokens cannot.
+    """
+    chosen = choose_sizes(sizes, num_devices, 1, batch_size)
+    if sizes.get(CONTEXT) or sizes.get(TENSOR):
+        return chosen
+    tensor = math.gcd(chosen[CONTEXT] // math.gcd(chosen[CONTEXT], *parts), num_heads)
+    return chosen | {CONTEXT: chosen[CONTEXT] // tensor, TENSOR: tensor}
+
+
 def _text(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
 
@@ -111,8 +127,8 @@ def check_tokens(num_tokens: int, mesh: Mesh) -> None:
     shares = mesh.shape[CONTEXT]
     if num_tokens % shares:
         raise UserError(
-            f"the {num_tokens} tokens of a sample do not divide over mesh.context={shares}; lower mesh.context, or "
-            "change num_scenes, num_frames or the size so that they do"
+            f"the {num_tokens} tokens of a sample do not divide over mesh.context={shares}; lower mesh.context and "
+            "raise mesh.tensor instead, or change num_scenes, num_frames or the size so that they do"
         )
 
 

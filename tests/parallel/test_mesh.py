@@ -1,11 +1,14 @@
 """Sizes of a mesh: what is asked for, what is chosen, what cannot be."""
 
+import itertools
+import math
+
 import jax
 import pytest
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel.chips import parse_topology
-from mask2dit_jax.parallel.mesh import AXES, check_batch, check_tokens, choose_sizes, make_mesh
+from mask2dit_jax.parallel.mesh import AXES, check_batch, check_tokens, choose_sizes, make_mesh, sizes_for_any_length
 
 
 def sizes(num_devices, batch, num_slices=1, **asked):
@@ -24,6 +27,16 @@ def test_what_is_asked_for_stays():
     assert sizes(64, 16, context=4) == (1, 16, 4, 1)
     assert sizes(64, 8, tensor=2) == (1, 8, 4, 2)
     assert sizes(8, 3, data=1, fsdp=2, context=2, tensor=2) == (1, 2, 2, 2)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4, 8])
+def test_stories_whose_scenes_have_any_length_divide(num_devices):
+    """A text has 226 tokens and a latent frame 1350; 13, 12 and 12 frames would not go over four devices."""
+    chosen = sizes_for_any_length({}, num_devices, 2, (226, 1350), 48)
+    assert math.prod(chosen.values()) == num_devices
+    for frames in itertools.product(range(1, 14), repeat=3):
+        assert (3 * 226 + sum(frames) * 1350) % chosen["context"] == 0
+    assert sizes_for_any_length({"context": 4}, 8, 2, (226, 1350), 48)["context"] == 4  # as asked for
 
 
 def test_slices_are_joined_along_data():
