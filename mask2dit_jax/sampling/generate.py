@@ -66,11 +66,18 @@ class WindowSampler:
         return self._config.sampler.num_steps
 
     def conditions(self, latents: Floats["b f h w c"], key: Array) -> Floats["b f h w c"]:
-        """Known latents as the denoiser is to see them: clean, or noised at t = 0."""
+        """Known latents as the denoiser is to see them: clean, or noised at t = 0.
+
+        That noise has the precision of the model: in bfloat16, as the release is run, the 5B schedule has none.
+        """
         if self._config.condition == "clean":
             return latents
+        dtype = jax.tree.leaves(self._params)[0].dtype
         noise = jax.random.normal(key, latents.shape, latents.dtype)
-        return self._schedule.add_noise(latents, noise, jnp.zeros(latents.shape[:2], jnp.int32))
+        noised = self._schedule.add_noise(
+            latents.astype(dtype), noise.astype(dtype), jnp.zeros(latents.shape[:2], jnp.int32)
+        )
+        return noised.astype(latents.dtype)
 
     def __call__(
         self,
