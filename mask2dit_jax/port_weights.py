@@ -5,9 +5,10 @@
 
 A diffusers directory (transformer/ vae/ text_encoder/ tokenizer/ scheduler/) becomes a workdir that a run can start
 from, `--config.pretrained=WORKDIR`. A workdir or a checkpoint becomes a diffusers directory; the frozen components come
-from where the run had them. What is not there is named, and left out.
+from where the run had them. What is not there is named, and left out. All of it happens in host memory, on any machine.
 """
 
+import jax
 from absl import flags, logging
 from etils import epath
 
@@ -31,6 +32,7 @@ FROZEN = ("vae", "text_encoder")
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? name the folders with --from=DIR --to=DIR")
+    jax.config.update("jax_platforms", "cpu")
     source, target = epath.Path(_FROM.value), epath.Path(_TO.value)
     dtype = _DTYPE.value and setup_run.resolve_dtype(_DTYPE.value)
     _check(source, target)
@@ -64,7 +66,8 @@ def _to_workdir(source: epath.Path, target: epath.Path, dtype) -> list[str]:
         if name == "transformer":
             checkpoint.save_params(target, params, {"model": config.to_json(), "pretrained": str(target)})
         else:
-            port.save_params(target, name, config, params)
+            origin = port.origin(source / name) + (f"-{_DTYPE.value}" if _DTYPE.value else "")
+            port.save_params(target, name, config, params, origin)
         del params
         written.append(name)
     _name_missing(written)

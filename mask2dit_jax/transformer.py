@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from etils import epath
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.memoryless import memoryless
@@ -63,18 +63,20 @@ class TransformerSource:
         """The parameters, in the dtypes and on the shardings of `abstract`."""
         if self.is_checkpoint:
             return self._load_checkpoint(abstract)
-        leaves = jax.tree.leaves(abstract)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract) if leaves[0].sharding else None
-        dtype = leaves[0].dtype  # all parameters share one
-        return port.load_params(self.folder, "transformer", self.config(), dtype=dtype, shardings=shardings)
+        placed = jax.tree.leaves(abstract)[0].sharding is not None
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract) if placed else None
+        dtypes = {path: leaf.dtype for path, leaf in flatten(abstract).items()}  # what is frozen may have another
+        return port.load_params(self.folder, "transformer", self.config(), dtype=dtypes, shardings=shardings)
 
     def stored(self) -> nnx.State:
-        """The parameters as they are stored, on the first device."""
+        """The parameters as they are stored, on the first device, whatever mesh they were written from."""
         abstract = nnx.state(port.COMPONENTS["transformer"].module(self.config()))
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = sharding.placed(abstract, jax.tree.map(lambda _: place, abstract))
         if not self.is_checkpoint:
-            return self.load(abstract)
+            return port.load_params(self.folder, "transformer", self.config())
         dtypes = flatten(checkpoint.stored_shapes(self.folder, self._with_adapters(abstract)))
-        return self.load(_mapped(abstract, lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, dtypes[name].dtype)))
+        return self.load(_mapped(abstract, lambda name, leaf: leaf.update(dtype=dtypes[name].dtype)))
 
     def _load_checkpoint(self, abstract: nnx.State) -> nnx.State:
         abstract, averaged = self._with_adapters(abstract), set()

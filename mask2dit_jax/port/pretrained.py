@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from mask2dit_jax.diffusion.schedule import ScheduleConfig
 from mask2dit_jax.errors import UserError
@@ -27,10 +28,11 @@ from mask2dit_jax.models import codec
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
 from mask2dit_jax.port import dit, t5, vae
-from mask2dit_jax.port.table import Rule
+from mask2dit_jax.port.table import Rule, flatten
 from mask2dit_jax.port.weights import load_state, open_weights, read_json, save_weights, write_json
 
 PARAMS = "params"
+ORIGIN = "origin.txt"  # beside ported parameters
 _ENDS = 1 << 20
 COPIED = ("tokenizer", "scheduler")  # folders without weights: the same in every layout
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -82,7 +84,7 @@ def load_params(directory: epath.PathLike, name: str, config, *, dtype=None, sha
     """The component's parameters, on the devices of `shardings` (a tree like the state, or one for all; or none).
 
     Args:
-        dtype: of the parameters; None keeps that of the file.
+        dtype: of the parameters, or by path; None keeps that of the file.
     """
     component, folder = COMPONENTS[name], epath.Path(directory) / name
     state = nnx.state(component.module(config))
@@ -99,15 +101,18 @@ def load_params(directory: epath.PathLike, name: str, config, *, dtype=None, sha
 
 
 def _restore(folder: epath.Path, state, dtype, shardings) -> nnx.State:
-    checkpointer = ocp.StandardCheckpointer()
-    stored = jax.tree.leaves(checkpointer.metadata(folder.absolute()).item_metadata)
+    """By the handler: Orbax's checkpointers wait for all processes, of which not all read."""
+    handler = ocp.StandardCheckpointHandler()
+    stored = jax.tree.leaves(handler.metadata(folder.absolute()))
     leaves, tree = jax.tree.flatten(state)
-    places = jax.tree.leaves(shardings) if shardings is not None else [None] * len(leaves)
+    dtypes = [dtype[path] for path in flatten(state)] if isinstance(dtype, Mapping) else [dtype] * len(leaves)
+    here = SingleDeviceSharding(jax.local_devices()[0])  # said, as Orbax would look for the devices of the writer
+    places = jax.tree.leaves(shardings) if shardings is not None else [here] * len(leaves)
     targets = [
-        jax.ShapeDtypeStruct(leaf.shape, dtype or entry.dtype, sharding=place)
-        for leaf, entry, place in zip(leaves, stored, places, strict=True)
+        jax.ShapeDtypeStruct(leaf.shape, wanted or entry.dtype, sharding=place)
+        for leaf, entry, wanted, place in zip(leaves, stored, dtypes, places, strict=True)
     ]
-    return checkpointer.restore(folder.absolute(), tree.unflatten(targets))
+    return handler.restore(folder.absolute(), args=ocp.args.StandardRestore(tree.unflatten(targets)))
 
 
 def load_module(directory: epath.PathLike, name: str, *, dtype, param_dtype=None, shardings=None) -> nnx.Module:
@@ -125,30 +130,43 @@ def save_diffusers(directory: epath.PathLike, name: str, config, params: nnx.Sta
     save_weights(component.table(config), params, folder, name=component.weights_name, dtype=dtype)
 
 
-def save_params(directory: epath.PathLike, name: str, config, params: nnx.State) -> None:
-    """Writes the component in our own layout."""
+def save_params(directory: epath.PathLike, name: str, config, params: nnx.State, ported_from: str) -> None:
+    """Writes the component in our own layout.
+
+    Args:
+        ported_from: `origin` of where the parameters were ported from, which stays theirs.
+    """
     folder = epath.Path(directory) / name
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), params, force=True)
+    (folder / ORIGIN).write_text(ported_from)
     write_json(folder / "config.json", config.to_json())
 
 
 def fingerprint(directory: epath.PathLike, names: Iterable[str]) -> str:
-    """Tells apart directories whose components differ: a hash of every file's name, size and both ends.
+    """Tells apart directories whose components differ, and not those that hold the same, ported or not."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name} {origin(epath.Path(directory) / name)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def origin(folder: epath.Path) -> str:
+    """Of one component: a hash of every file's name, size and both ends, or what was written down when it was ported.
 
     Not of whole files: the text encoder alone has 10 GB or more, and weights that differ at all differ in their ends.
     """
+    if (folder / ORIGIN).exists():
+        return (folder / ORIGIN).read_text()
     digest = hashlib.sha256()
-    for name in sorted(names):
-        folder = epath.Path(directory) / name
-        for file in _files(folder):
-            size = file.stat().length
-            digest.update(f"{file.relative_to(folder)} {size}".encode())
-            with file.open("rb") as stream:
-                digest.update(stream.read(_ENDS))
-                stream.seek(max(0, size - _ENDS))
-                digest.update(stream.read(_ENDS))
+    for file in _files(folder):
+        size = file.stat().length
+        digest.update(f"{file.relative_to(folder)} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_ENDS))
+            stream.seek(max(0, size - _ENDS))
+            digest.update(stream.read(_ENDS))
     return digest.hexdigest()[:16]
 
 

@@ -152,7 +152,7 @@ def load_state(
     Args:
         weights: from `open_weights`; in-memory arrays do as well.
         abstract_state: NNX state whose leaves have `.shape`, as `nnx.eval_shape` gives it.
-        dtype: of all parameters; None keeps that of the file.
+        dtype: of all parameters, or by path; None keeps that of the file.
         shardings: state of the same structure with a `jax.sharding.Sharding` for each parameter; None puts all on the
             first device.
         what: name of the checkpoint in messages and in the progress bar.
@@ -167,7 +167,8 @@ def load_state(
     loaded = {}
     with tqdm(desc=what, unit="B", unit_scale=True, delay=1, disable=None) as progress:
         for path, leaf in flatten(abstract_state).items():
-            kind = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(sources[path]))
+            wanted = dtype[path] if isinstance(dtype, Mapping) else dtype
+            kind = jax.dtypes.canonicalize_dtype(wanted or _common_dtype(sources[path]))
             read = functools.partial(_read_slice, sources[path], leaf.shape, kind, progress)
             loaded[path] = leaf.copy(jax.make_array_from_callback(leaf.shape, placement[path], read))
     return unflatten(loaded, abstract_state)

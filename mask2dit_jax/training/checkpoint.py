@@ -4,8 +4,8 @@ The parameters are an item of their own, and so is their moving average, so that
 them without the optimiser. `record` is JSON: the model's config, where the frozen components came from, and the
 resolved run config. Where the data stands is no item: the batch of a step depends on the seed and the step alone.
 
-A folder gets its name when all of it is written, so a run that is killed leaves none that is half. How a run goes on
-from what is there: resume.py.
+A folder gets its name when all of it is written, so a run that is killed leaves none that is half; in a bucket, where
+nothing can be renamed, the last file says that all of it is there. How a run goes on from what is there: resume.py.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def writing(manager: Manager):
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        steps = [int(child.name) for child in manager.directory.iterdir() if child.name.isdigit()]
+        steps = _steps(manager.directory)
         good = f"step {max(steps)} is the newest one that was" if steps else "none was yet"
         reason = reason_of(error, manager.directory)
         raise UserError(
@@ -139,12 +139,18 @@ def find(path: epath.PathLike) -> epath.Path:
     path = epath.Path(path)
     for folder in (path / FOLDER, path):
         if folder.is_dir():
-            steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit() and child.is_dir()]
+            steps = _steps(folder)
             if steps:
                 return folder / str(max(steps))
     if (path / "record").exists():
         return path
     raise UserError(f"there is no checkpoint in {path}; give a training workdir or one of its checkpoints/STEP folders")
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    """Of the checkpoints that are whole: a job may be writing the newest one."""
+    found = (child for child in folder.iterdir() if child.name.isdigit() and child.is_dir())
+    return [int(child.name) for child in found if ocp.utils.is_checkpoint_finalized(child)]
 
 
 def has_checkpoint(path: epath.PathLike) -> bool:
@@ -168,12 +174,16 @@ def metadata(item: epath.Path):
     return ocp.StandardCheckpointHandler().metadata(item.absolute())  # Orbax refuses any other
 
 
+def read_item(item: epath.Path, abstract):
+    """Without Orbax's barriers: not every process reads, and one that finds damage must leave no other waiting."""
+    return ocp.StandardCheckpointHandler().restore(item.absolute(), args=ocp.args.StandardRestore(abstract))
+
+
 def load_params(checkpoint: epath.Path, abstract: nnx.State, item: str = "params") -> nnx.State:
     """The parameters of a checkpoint (or their average, "ema"), onto the shardings and dtypes of `abstract`."""
     stored_shapes(checkpoint, abstract, item)
-    args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
-    with _damage_named(checkpoint), _reader(checkpoint) as manager:
-        return manager.restore(int(checkpoint.name), args=args)[item]
+    with _damage_named(checkpoint):
+        return read_item(checkpoint / item, abstract)
 
 
 def stored_names(checkpoint: epath.Path, item: str) -> set[str]:
@@ -209,12 +219,6 @@ def _damage_named(checkpoint: epath.Path):
             f"checkpoint {checkpoint} is damaged ({reason_of(error, checkpoint)}); delete its folder to go on from the "
             "one before, or use another one"
         ) from error
-
-
-def _reader(checkpoint: epath.Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    registry = {item: ocp.StandardCheckpointHandler() for item in ("params", "ema")}
-    return ocp.CheckpointManager(checkpoint.parent.absolute(), options=options, item_handlers=registry)
 
 
 def reason_of(error: Exception, folder: epath.PathLike = "") -> str:

@@ -6,7 +6,6 @@ processes go on from the same one.
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from flax import nnx
@@ -14,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel.sharding import name_of
-from mask2dit_jax.training.checkpoint import DAMAGE, TRAIN, Manager, metadata, read_record, reason_of
+from mask2dit_jax.training.checkpoint import DAMAGE, TRAIN, Manager, metadata, read_item, read_record, reason_of
 from mask2dit_jax.training.step import TrainState
 
 
@@ -22,9 +21,12 @@ def set_aside_unreadable(manager: Manager) -> int | None:
     """The newest step whose record and metadata can be read, None if nothing was ever saved.
 
     Raises:
-        UserError: there are checkpoints, but none that can be read, or none of a training run.
+        UserError: there are checkpoints, but none that can be read, or none of a training run. Also when the run is
+            started again as it is, which whoever restarts jobs does: a run never begins anew without being told to.
     """
     steps = sorted(manager.all_steps(), reverse=True)
+    if not steps and any(manager.directory.glob("damaged-*")):
+        raise _none_left(manager)
     if jax.process_index() == 0:
         for step in steps:
             reason = _damage(manager.directory / str(step))
@@ -66,7 +68,6 @@ def restore(manager: Manager, abstract: TrainState) -> TrainState:
 
 
 def _read_state(folder: epath.Path, abstract: TrainState) -> TrainState:
-    """Without Orbax's barriers, at which a process that finds damage would leave the others waiting."""
     names = TRAIN + (("ema",) if abstract.ema is not None and (folder / "ema").exists() else ())
     wanted = {
         "params": abstract.params,
@@ -75,8 +76,7 @@ def _read_state(folder: epath.Path, abstract: TrainState) -> TrainState:
     read = {}
     for item, target in wanted.items():
         _check_shapes(folder, item, target)
-        handler = ocp.StandardCheckpointHandler()
-        read[item] = handler.restore(folder / item, args=ocp.args.StandardRestore(target))
+        read[item] = read_item(folder / item, target)
     ema = read.get("ema")
     if abstract.ema is not None and ema is None:
         logging.info("%s has no moving average: it begins as a copy of the parameters", folder)
@@ -95,13 +95,22 @@ def _ema_of(params: nnx.State, abstract: nnx.State) -> nnx.State:
 
 
 def _check_shapes(folder: epath.Path, item: str, target) -> None:
-    stored = sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(metadata(folder / item)))
-    if stored != sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(target)):
+    if _shapes(metadata(folder / item)) != _shapes(target):
         what = {"params": "of a model of other sizes", "train": "of an optimiser of other parameters"}
         raise UserError(
             f"{item} of {folder} is {what.get(item, 'an average of other parameters')}: keep model, trainable and lora "
             f"as they were, or start another workdir with --config.init_from={folder.parent.parent}"
         )
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    """By path; a stored named tuple has become a dictionary, and a variable its value."""
+
+    def name(path) -> str:
+        keys = (getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
+        return ".".join(key for key in keys if isinstance(key, str) and key != "value")
+
+    return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _damage(folder: epath.Path) -> str | None:
@@ -132,6 +141,6 @@ def _reload(manager: Manager) -> None:
 
 def _none_left(manager: Manager) -> UserError:
     return UserError(
-        f"no checkpoint in {manager.directory} can be read, and all are set aside as damaged-STEP; start once more to "
-        "begin this run anew"
+        f"no checkpoint in {manager.directory} can be read, and all are set aside as damaged-STEP; delete these to "
+        "begin this run anew, or start another workdir"
     )

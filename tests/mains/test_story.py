@@ -161,6 +161,10 @@ def test_processes_share_the_stories_out(commands, pretrain_workdir, tmp_path):
     assert results == [[f"{out}/first/story.mp4", f"{out}/third/story.mp4"], [f"{out}/second/story.mp4"]]
     first, second = latents(out / "first"), latents(out / "second")
     jax.tree.map(np.testing.assert_array_equal, first, second)  # the same words and seed
+    shutil.rmtree(out / "second")  # now one of them has work to do, and the other reads no weights at all
+    finished = train_together(commands, 2, tmp_path / "again", told, main="sample")
+    assert [process.code for process in finished] == [0, 0], finished
+    jax.tree.map(np.testing.assert_array_equal, latents(out / "second"), second)
 
 
 def test_a_plan_writes_nothing(commands, pretrain_workdir, tmp_path):

@@ -119,6 +119,16 @@ def test_damaged_record(tmp_path):
         checkpoint.read_record(folder)
 
 
+def test_a_checkpoint_being_written_to_a_bucket_is_not_the_newest(workdir, tmp_path, monkeypatch):
+    """Nothing is renamed there: Orbax takes a folder for whole when a last file says so."""
+    run = shutil.copytree(workdir, tmp_path / "run")
+    whole = {"2"}
+    monkeypatch.setattr(checkpoint.ocp.utils, "is_checkpoint_finalized", lambda folder: folder.name in whole)
+    assert checkpoint.find(run).name == "2"
+    whole.clear()
+    assert not checkpoint.has_checkpoint(run)
+
+
 def remove_manifest(params):
     next(Path(params).rglob("manifest.ocdbt")).unlink()
 
@@ -189,14 +199,17 @@ def test_an_average_that_was_not_saved_begins_as_the_parameters(tmp_path):
 
 
 def test_an_optimiser_of_other_parameters(tmp_path):
-    """A setting that changed is no damage: the checkpoint stays where it is."""
-    only = UpdateConfig(trainable=(".*attn.*",))
-    part = init_state(make_state().params, make_optimizer(OptimizerConfig()), only)
+    """A setting that changed is no damage: the checkpoint stays where it is, also where the shapes are the same."""
+    everything, queries, keys = (
+        init_state(make_state().params, make_optimizer(OptimizerConfig()), UpdateConfig(trainable=trainable))
+        for trainable in ((), (r".*attn\.query.*",), (r".*attn\.key.*",))
+    )
     with checkpoint.open_manager(tmp_path, keep=2, asynchronous=False) as manager:
-        checkpoint.save(manager, make_state(1), RECORD)
-        with pytest.raises(UserError, match=r"train of .*/1 is of an optimiser of other parameters: keep"):
-            resume.restore(manager, abstract(part))
-    assert (tmp_path / "checkpoints" / "1").exists()
+        for step, (saved, wanted) in enumerate([(everything, queries), (queries, keys)]):
+            checkpoint.save(manager, saved._replace(step=jnp.int32(step)), RECORD)
+            with pytest.raises(UserError, match=r"train of .* is of an optimiser of other parameters: keep"):
+                resume.restore(manager, abstract(wanted))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} == {"0", "1"}
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):

@@ -15,10 +15,12 @@ from mask2dit_jax.models import lora
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.mesh import AXES, make_mesh
+from mask2dit_jax.port.pretrained import save_diffusers
 from mask2dit_jax.training.optimizer import OptimizerConfig
 from mask2dit_jax.training.program import TrainProgram
 from mask2dit_jax.training.step import Objective, UpdateConfig, evaluated_params
 from mask2dit_jax.training.trainable import split
+from mask2dit_jax.transformer import TransformerSource
 from tests.training.test_program import random_batch
 
 MODEL = DiTConfig(
@@ -112,6 +114,15 @@ def test_only_what_is_named_trains():
     count = len(jax.tree.leaves(trained))
     assert len(jax.tree.leaves(after.ema)) == len(jax.tree.leaves(after.opt_state[1][0].mu)) == count
     assert jax.tree.structure(evaluated_params(after, chosen.update)) == jax.tree.structure(after.params)
+
+
+def test_weights_are_read_in_the_type_that_each_is_kept_in(tmp_path):
+    save_diffusers(tmp_path, "transformer", MODEL, random_params(program().abstract_params))
+    chosen = program(UpdateConfig(trainable=(r".*mlp.*",)), frozen_dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    loaded = TransformerSource.require(tmp_path).load(chosen.abstract_plain)
+    trained, frozen = split(loaded, chosen.update.trainable)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize(
