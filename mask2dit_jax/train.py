@@ -6,6 +6,7 @@ A run started again in the same workdir goes on from its newest checkpoint. SIGT
 143. docs/training.md says what is logged.
 """
 
+import collections
 import functools
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.port import pretrained as port
-from mask2dit_jax.preview import Preview
+from mask2dit_jax.preview import Preview, check_vae
 from mask2dit_jax.training import checkpoint, resume, scene_lengths, validation
 from mask2dit_jax.training.event_file import EventFile, open_event_file
 from mask2dit_jax.training.metrics import MetricsLog
@@ -36,6 +37,8 @@ from mask2dit_jax.transformer import TransformerSource
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:tiny.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints and TensorBoard logs.")
 flags.mark_flags_as_required(["config", "workdir"])
+
+_STEPS_AHEAD = 2  # of the devices: enough that they never wait, few enough that SIGTERM need not wait for long
 
 
 def main(argv):
@@ -53,6 +56,8 @@ def main(argv):
         pretrained = setup_run.resolve_pretrained(config)
         start, source = _find_start(config, pretrained, manager)
         vae_config, text_config = setup_run.encoder_configs(pretrained)
+        if config.sample_every:
+            check_vae(pretrained)
         wanted = setup_run.model_from_scratch(config, vae_config, text_config)
         stored = setup_run.stored_model(source, wanted, config) if source else wanted
         setup_run.check_encoders(stored, pretrained)
@@ -81,12 +86,16 @@ def _run(
     """Steps until the config's last one, or until asked to stop; a checkpoint now and then, and at the end."""
     first_step, total = int(state.step), config.num_steps
     log, record = watch.log, setup_run.run_record(config, watch.program.model)
+    under_way = collections.deque()
     with tqdm(total=total, initial=first_step, desc="training", unit="step", disable=not watch.is_first) as progress:
         for step in range(first_step + 1, total + 1):
             with log.waiting():
                 program, batch = next(batches)
             with watch.trace(step):
                 state, metrics = program.step(state, batch)
+            under_way.append(metrics["loss"])
+            if len(under_way) > _STEPS_AHEAD:
+                under_way.popleft().block_until_ready()
             progress.set_postfix(log.add(step, metrics, program.flops), refresh=False)
             progress.update()
             watch.look(step, state)
@@ -97,6 +106,7 @@ def _run(
                 checkpoint.check_written(manager)
             if is_last:
                 break
+    watch.trace.close()
     log.flush()
     return int(state.step)
 
@@ -119,7 +129,8 @@ class Watch:
             skipped_items=data.skipped,
         )
         self.trace = StepTrace(config.profile_steps, f"{workdir}/profile", config.num_steps)
-        self._preview = Preview(self.program, pretrained, config.sample_steps, workdir, events)
+        if config.sample_every:
+            self._preview = Preview(self.program, pretrained, config.sample_steps, workdir, events)
 
     def look(self, step: int, state: TrainState) -> None:
         """Validation and a storyboard, when they are due, with the averaged parameters if there are any."""

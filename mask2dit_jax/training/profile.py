@@ -11,7 +11,7 @@ from etils import epath
 class StepTrace:
     """Traces steps `first` to `last`, both included, into `folder`; none if `steps` is empty.
 
-    A run that resumes between the two traces the rest; one that ends there traces up to its end.
+    A run that resumes between the two traces the rest; one that ends there, or is stopped, traces up to its end.
     """
 
     def __init__(self, steps: Sequence[int], folder: epath.PathLike, num_steps: int):
@@ -28,7 +28,12 @@ class StepTrace:
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
         if self._is_on and step == self._steps[-1]:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced so far, if a trace is under way."""
+        if self._is_on:
             jax.block_until_ready(jax.live_arrays())
             jax.profiler.stop_trace()
             self._is_on = False
-            logging.info("profile: up to step %d in %s", step, self._folder)
+            logging.info("profile: in %s", self._folder)

@@ -1,8 +1,9 @@
 """Training on scenes of several lengths: every step draws one of a few layouts, each of which is compiled once.
 
 The VAE is causal, and encodes 8 frames at a time, the first time also the remainder. So the first latent frames of a
-stored clip are what the encoder makes of its first pixel frames, as long as those are 8k + 1: a shorter scene is cut
-from the longer one that is stored.
+stored clip are what the encoder makes of its first pixel frames, as long as those are 8k + 1, and so is the number that
+is stored: a shorter scene is cut from the longer one that is stored. A single frame is the one exception: the encoder
+normalises the first 9 frames together, so its latent differs a little from that of a picture encoded alone.
 """
 
 from collections.abc import Sequence

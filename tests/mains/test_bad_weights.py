@@ -104,6 +104,15 @@ def test_training(commands, copy, dataset, pretrain_workdir, tmp_path):
     assert "scheduler_config.json" in fail(pretrained=copy)
 
 
+def test_a_storyboard_without_a_vae(commands, copy, dataset, tmp_path):
+    """Said before the first step; without storyboards, latents that are there already need no VAE."""
+    for file in (copy / "vae").glob("*.safetensors*"):
+        file.unlink()
+    flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, pretrained=copy, sample_every=1)
+    line = commands.fail("train", *flags)
+    assert f"sample_every needs the VAE, and {copy}/vae holds no weights; set sample_every=0" in line
+
+
 def test_the_only_checkpoint_is_damaged(commands, pretrain_workdir, dataset, tmp_path):
     """It is kept under another name, and the run does not begin anew unasked."""
     workdir = shutil.copytree(pretrain_workdir, tmp_path / "run")
