@@ -23,6 +23,7 @@ from mask2dit_jax.data.output_file import atomic_output
 from mask2dit_jax.data.sampling import FrameChoices, PretrainSampling, SftSampling
 from mask2dit_jax.data.scene_store import UnreadableScene
 from mask2dit_jax.data.sources import Clip, printable
+from mask2dit_jax.errors import UserError
 
 FORMAT = 1  # raise it when the meaning of a stored number changes
 
@@ -90,6 +91,8 @@ class LatentCache:
         Raises:
             UserError: the folder cannot be written.
         """
+        if "://" in str(root):
+            raise UserError(f"data.cache={root} is no folder on a disk; for a bucket, use build_data --encode")
         folder = Path(root) / settings.fingerprint()
         with atomic_output(folder / "cache.json") as partial:
             partial.write_text(json.dumps(settings.describe(), indent=2) + "\n")

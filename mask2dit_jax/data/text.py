@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 from absl import logging
+from etils import epath
 from jaxtyping import Int32
 from transformers import T5Tokenizer
 
@@ -17,11 +19,20 @@ MAX_TOKENS = 226  # a scene's text tokens in every released CogVideoX
 
 
 def load_tokenizer(folder: str | os.PathLike) -> T5Tokenizer:
-    """Loads the `tokenizer/` of a diffusers directory, offline. Raises UserError if it is missing or damaged.
+    """Loads the `tokenizer/` of a diffusers directory, from a disk or a bucket. Raises UserError if it is missing or
+    damaged.
 
     CogVideoX repositories hold `spiece.model` (and no `tokenizer.json`, which is read where there is one).
     """
-    folder = Path(folder)
+    if "://" not in os.fspath(folder):
+        return _load_tokenizer(Path(folder))
+    with tempfile.TemporaryDirectory() as local:  # transformers opens files of a disk alone
+        for file in epath.Path(folder).iterdir():
+            file.copy(epath.Path(local) / file.name)
+        return _load_tokenizer(Path(local))
+
+
+def _load_tokenizer(folder: Path) -> T5Tokenizer:
     vocabulary = folder / "spiece.model"
     # transformers would go on with an empty vocabulary where there is none, and guess at a damaged one.
     if vocabulary.exists():

@@ -126,6 +126,8 @@ def test_sample(commands, pretrain_workdir, tmp_path, flag, told):
         ("build_data", ["--encode=nowhere.csv", f"--config={TRAIN}", "--output=new"], ["nowhere.csv: cannot be"]),
         ("report", [], ["--shots and --story must be given"]),
         ("sample", ["--repeat=setup.py", "--output=out"], ["setup.py"]),
+        ("sample", ["--repeat=run.json", f"--config={SAMPLE}", "--output=out"], ["leave out --config and --story"]),
+        ("sample", ["--repeat=run.json", "--story=a.yaml", "--output=out"], ["leave out --config and --story"]),
         ("sample", ["--repeat=nowhere/run.json", "--output=out"], ["nowhere/run.json"]),
         ("report", ["--story=nowhere", "--shots=nowhere.csv"], ["nowhere/run.json"]),
     ],
@@ -151,6 +153,8 @@ def test_folders_that_cannot_be_written(commands, dataset, pretrain_workdir, tmp
     assert f"workdir {below} cannot be written" in line
     line = commands.fail("train", *commands.train_flags("pretrain", tmp_path / "run", dataset.csv, data__cache=below))
     assert f"cannot write {below}" in line
+    bucket = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, data__cache="gs://bucket/cache")
+    assert "data.cache=gs://bucket/cache is no folder on a disk" in commands.fail("train", *bucket)
     given = settings(checkpoint=pretrain_workdir, prompts=PROMPTS)
     line = commands.fail("sample", f"--config={SAMPLE}", f"--output={below}", *SMALL, *given)
     assert f"cannot write {below / 'run.json'}" in line
