@@ -67,10 +67,21 @@ def test_the_story_of_the_demo_is_its_captions():
     assert tuple(captions[str(number)] for number in range(1, 6)) == common.TINY_STORY
 
 
+def lines_of(page: str) -> list[str]:
+    """Of its shell blocks; a line that goes on is one."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    return "\n".join(blocks).replace("\\\n", " ").splitlines()
+
+
 def in_readme() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith("python -m mask2dit_jax.")]
+    return [line for line in lines_of("README.md") if line.startswith("python -m mask2dit_jax.")]
+
+
+def for_workers() -> list[str]:
+    """What launch/README.md runs on a slice, as the workers run it."""
+    script = re.compile(r"(?:SPOT=1 )?launch/(?:run|watch)\.sh ")
+    lines = [line for line in lines_of("launch/README.md") if script.match(line)]
+    return [script.sub("python -m mask2dit_jax.", line) for line in lines]
 
 
 def dry_run(target: str) -> str:
@@ -84,7 +95,7 @@ def in_makefile() -> list[str]:
     return [line.partition("bin/")[2] for line in lines if "-m mask2dit_jax." in line]
 
 
-@pytest.mark.parametrize("command", [*in_readme(), *in_makefile()])
+@pytest.mark.parametrize("command", [*in_readme(), *for_workers(), *in_makefile()])
 def test_commands(command):
     """The program, its flags, the config and the fields set in it are all there."""
     _, _, module, *flags = shlex.split(command, comments=True)
@@ -100,6 +111,15 @@ def test_commands(command):
         for field in fields:
             assert field in holder, flag
             holder = holder[field]
+
+
+def test_training_on_a_slice_is_given_all_it_needs():
+    commands = [command for command in for_workers() if "mask2dit_jax.train " in command]
+    assert len(commands) == 2
+    for command in commands:
+        assert "--config.pretrained=weights/" in command
+        assert "--config.data.path=gs://" in command
+        assert "--workdir=gs://" in command
 
 
 def stories() -> list[str]:
