@@ -14,8 +14,8 @@ from transformers import T5Config, T5EncoderModel
 from mask2dit_jax import setup_run
 from mask2dit_jax.data.sources import Clip, Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.data.video_writer import write_video
-from tests.conftest import XLA_FLAGS
 from tests.mains import process
+from tests.xla_flags import XLA_FLAGS
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 160, 40), "blue": (40, 40, 200), "grey": (120, 120, 120)}
 PROMPTS = tuple(f"a {colour} picture" for colour in COLOURS)

@@ -45,10 +45,13 @@ def test_configs(stage, preset):
     assert preset in common.SMALL or sizes == {"2b": DiTConfig.cogvideox_2b, "5b": DiTConfig.cogvideox_5b}[preset]()
 
 
-@pytest.mark.parametrize(("name", "size"), slices.TRAINING)
-def test_settings_of_slices(name, size):
-    config, plain = load_config(f"configs/sft.py:{size},{name}"), load_config(f"configs/sft.py:{size}")
-    wanted = slices.TRAINING[name, size]
+@pytest.mark.parametrize(
+    ("stage", "name", "size"),
+    [*(("sft", *key) for key in slices.TRAINING), *(("sample", *key) for key in slices.SAMPLING)],
+)
+def test_settings_of_slices(stage, name, size):
+    config, plain = load_config(f"configs/{stage}.py:{size},{name}"), load_config(f"configs/{stage}.py:{size}")
+    wanted = {"sft": slices.TRAINING, "sample": slices.SAMPLING}[stage][name, size]
     assert {field for field in plain if config[field] != plain[field]} == set(wanted)
     assert name in slices.SLICES
 

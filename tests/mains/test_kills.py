@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.conftest import XLA_FLAGS
 from tests.mains.killing import Job, kill_again_and_again, steps
 from tests.mains.process import ROOT
 from tests.mains.test_train import assert_same, read, scalars
+from tests.xla_flags import XLA_FLAGS
 
 STEPS = 10
 

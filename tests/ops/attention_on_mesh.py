@@ -13,12 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+import tests.conftest  # noqa: F401  the signatures are checked here too
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.ops.attention import IMPLEMENTATIONS, dense_attention
 from mask2dit_jax.ops.attention_splash import splash_attention
 from mask2dit_jax.ops.masks import PREDICATES
 from mask2dit_jax.parallel.mesh import AXES
-from tests.conftest import XLA_FLAGS  # the signatures are checked here too
+from tests.xla_flags import XLA_FLAGS
 
 # 327 tokens: they divide over no mesh and fill no block.
 LAYOUT = SceneLayout(frames=(2, 1, 3), grid=(5, 9), text_tokens=19)
