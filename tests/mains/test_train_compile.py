@@ -1,4 +1,4 @@
-"""Compiling for TPUs that are not there: the figures are whole, and the training of the paper fits its slice."""
+"""Compiling for TPUs that are not there: the figures are whole, at small size and at full size."""
 
 import json
 
@@ -49,14 +49,13 @@ def test_an_unknown_topology(commands):
 
 
 @pytest.mark.slow
-def test_the_papers_training_on_64_small_chips(commands, tmp_path):
-    """5B, three scenes of 49 frames at 480 x 720, batch 8, fp32 master and Adam on v5e: 2 GiB a chip to spare."""
-    found, _ = compiled(commands, tmp_path, "--config=configs/sft.py:5b", "--topology=v5e-64")
-    assert found["hbm_headroom_gib"] >= 2
+def test_sampling_at_full_size(commands, tmp_path):
+    """5B, three scenes of 49 frames at 480 x 720, guided, on one host. (Training: benchmarks/tpu_slices.py.)"""
+    found, _ = compiled(commands, tmp_path, "--config=configs/sample.py:5b", "--topology=v5p-8")
+    assert found["hbm_headroom_gib"] > 80
     assert not found["warnings"]
-    assert found["matmul_flops_executed"] < 1.4 * found["matmul_flops_ideal"]  # a third for rematerialisation
-    # Of 6 products a pair the kernels take 9: they compute the logits in each pass. Blocks add at most 5 percent.
-    assert found["attention_occupancy"] <= 1.05
+    assert 1 <= found["matmul_flops_executed"] / found["matmul_flops_ideal"] < 1.05
+    assert found["attention_occupancy"] <= 1.05  # blocks that hold a forbidden or a padding pair are computed whole
     surplus = found["attention_flops_executed"] / found["attention_flops_ideal"]
-    assert surplus == pytest.approx(found["attention_occupancy"] * 9 / 6, rel=1e-3)
+    assert surplus == pytest.approx(found["attention_occupancy"], rel=1e-3)
     assert found["exposed_collective_seconds"] < 0.15 * found["roofline_seconds"]
