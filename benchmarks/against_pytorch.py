@@ -75,8 +75,7 @@ class Case:
 
 def twins(name: str, config):
     """Graph and random parameters of ours, and the PyTorch module that holds the same."""
-    abstract = nnx.eval_shape(lambda: port.COMPONENTS[name].module_class(config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
+    graph, state = nnx.split(port.COMPONENTS[name].module(config))
     random = np.random.default_rng(0)
 
     def leaf(path, x):
