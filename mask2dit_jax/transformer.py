@@ -70,11 +70,11 @@ class TransformerSource:
 
     def stored(self) -> nnx.State:
         """The parameters as they are stored, on the first device, whatever mesh they were written from."""
+        if not self.is_checkpoint:
+            return port.load_params(self.folder, "transformer", self.config())
         abstract = nnx.state(port.COMPONENTS["transformer"].module(self.config()))
         place = SingleDeviceSharding(jax.local_devices()[0])
         abstract = sharding.placed(abstract, jax.tree.map(lambda _: place, abstract))
-        if not self.is_checkpoint:
-            return port.load_params(self.folder, "transformer", self.config())
         dtypes = flatten(checkpoint.stored_shapes(self.folder, self._with_adapters(abstract)))
         return self.load(_mapped(abstract, lambda name, leaf: leaf.update(dtype=dtypes[name].dtype)))
 
