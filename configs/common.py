@@ -109,7 +109,7 @@ def training(preset: str) -> ConfigDict:
             "trainable": (),  # regular expressions over parameter paths, such as (".*attn.*",); (): all train
             # Adapters on attention and feed-forward; all else is frozen but for what `trainable` names. rank 0: none.
             "lora": {"rank": 0, "alpha": 16.0},
-            "remat": "none" if tiny else "attention",
+            "remat": "dots" if tiny else "attention",
             "param_dtype": "float32",
             "frozen_dtype": "",  # of parameters that do not train; empty: param_dtype
             "optimizer": {

@@ -27,11 +27,13 @@ from mask2dit_jax.parallel.sharding import HEADS, HIDDEN, SAMPLES, TOKENS, const
 
 QK_NORM_EPS = 1e-6  # fixed in the reference; the other norms read norm_eps
 
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(attention_splash.RESIDUALS)
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(attention_splash.RESIDUALS),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": _ATTENTION,
+    "dots": jax.checkpoint_policies.save_from_both_policies(_DOTS, _ATTENTION),
 }
 
 
@@ -44,9 +46,8 @@ class DiTConfig:
             base model was trained with: they fix the base grid of the positions.
         mask: attention mask variant, v1..v5.
         attention: implementation of `ops.attention.attend`.
-        remat: what the backward pass keeps of a block: "none" recomputes nothing, "full" everything, "attention" all
-            but attention (splash only: keeps its output, saves a seventh of the 5B's roofline step), "dots" all but
-            matrix products.
+        remat: what the backward pass computes again of a block: "none" nothing, "full" everything, "attention" all but
+            attention (which saves a seventh of the 5B's roofline step), "dots" all but matrix products and attention.
         lora: adapters to train in place of the weights; not a part of what diffusers knows.
     """
 
@@ -194,8 +195,8 @@ def _per_token(one_hot: Float[np.ndarray, "l g"], per_group: Floats["b g p d"]) 
 
     A product with a one-hot matrix, not a gather: its gradient is a product too, where a gather's is a scatter.
     """
-    one_hot = one_hot.astype(per_group.dtype)
-    return list(jnp.einsum("lg,bgpd->pbld", one_hot, per_group, precision="highest"))
+    one_hot = jnp.broadcast_to(one_hot.astype(per_group.dtype), (len(per_group), *one_hot.shape))
+    return [jnp.einsum("blg,bgd->bld", one_hot, part, precision="highest") for part in jnp.unstack(per_group, axis=2)]
 
 
 class AdaLayerNormZero(nnx.Module):
