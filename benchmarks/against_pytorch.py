@@ -1,6 +1,6 @@
 """Times the parts of this package against diffusers' and transformers' PyTorch classes, on the CPU of this machine.
 
-    JAX_PLATFORMS=cpu python benchmarks/against_pytorch.py --json=figures.json [--only=vae]
+    JAX_PLATFORMS=cpu GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/against_pytorch.py [--only=VAE] [--json=F]
 
 Both sides have the same weights (ours, exported), inputs, precision (fp32) and number of threads. Their outputs are
 compared first; then they take turns, and the medians count. A ratio below 1 means that JAX takes less time; that of the
