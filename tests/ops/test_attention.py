@@ -84,6 +84,16 @@ def test_blocks_of_queries_change_nothing(mask, monkeypatch):
         np.testing.assert_allclose(got, want, atol=5e-6)
 
 
+@pytest.mark.parametrize("mask", PREDICATES)
+def test_off_the_cpu_all_heads_go_together(mask, monkeypatch):
+    monkeypatch.setattr(attention_grouped, "platform", lambda: "gpu")
+    q, k, v = random_qkv(UNEQUAL, batch=2)
+    out = make_attend(mask, UNEQUAL, "grouped")(q, k, v)
+    np.testing.assert_allclose(out, masked_softmax(q, k, v, dense_mask(mask, UNEQUAL)), atol=2e-6)
+    for got, want in zip(gradients(mask, UNEQUAL, "grouped"), gradients(mask, UNEQUAL, "dense"), strict=True):
+        np.testing.assert_allclose(got, want, atol=5e-6)
+
+
 def largest_token_pair_array(jaxpr, tokens: int) -> int:
     """The most (query, key) pairs that any array in the program, or in a program inside it, could hold."""
     most = 0
