@@ -57,7 +57,7 @@ def main(_):
         start, done = time.perf_counter(), 0
         for pixels in VideoCodec(folder, jnp.dtype(DTYPE.value)).decode_chunks(latents):
             done += len(pixels)
-            print(f"{done} frames: {time.perf_counter() - start:.0f} s, at most {peak_gb():.1f} GB so far", flush=True)
+            print(f"{done} frames: {time.perf_counter() - start:.0f} s, at most {peak_gb():.2f} GB so far", flush=True)
 
 
 if __name__ == "__main__":
