@@ -30,8 +30,8 @@ def grouped_attention(
     attend = functools.partial(_attend, groups=query_groups(mask, layout))
     heads = tuple(rearrange(x, "b l k m -> (b k) l m") for x in (q, k, v))
     if platform() == "cpu":
-        # One head after the other: its logits stay in the caches, and a product is not a batch of products. A sixth to a
-        # third faster at 1254 tokens and 8 heads (docs/speed.md).
+        # One head after the other: its logits stay in the caches, and a product is not a batch of products. A
+        # sixth to a third faster at 1254 tokens and 8 heads (docs/speed.md).
         out = jax.lax.map(lambda head: attend(*(x[None] for x in head))[0], heads)
     else:
         out = attend(*heads)
