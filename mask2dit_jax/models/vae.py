@@ -156,6 +156,8 @@ def _is_frame_by_frame(x: Array) -> bool:
 
 
 def _frame(x: Floats["b f ..."], i) -> Floats["b 1 ..."]:
+    """Frame `i`. Without the barrier XLA widens all frames to float32 before the loop, where `x` is narrower."""
+    x, i = jax.lax.optimization_barrier((x, i))
     return jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
 
 
