@@ -1,10 +1,13 @@
 """Stands in, on a worker, for uv (`uv venv` makes a Python) and for that Python, which runs a stage of the package.
 
-$STAND_IN/STAGE holds how each attempt of a stage goes, a word each, the last one for ever: ok, fail, hang or preempt.
+$STAND_IN/STAGE holds how each attempt of a stage goes, a word each, the last one for ever: ok, fail, hang,
+deaf (hangs, and SIGTERM does not end it) or preempt.
 """
 
+import fcntl
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,7 +35,11 @@ def stage(arguments):
     if word == "preempt" and WORKER == "0":
         wait_for_partner(name, attempt[name])
         (HERE / "preempt").touch()
-    if word in ("hang", "preempt"):
+    if word == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        lock = (HERE / f"deaf_{WORKER}").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if word in ("hang", "deaf", "preempt"):
         time.sleep(60)
     sys.exit(3 if word == "fail" else 0)
 

@@ -1,5 +1,6 @@
 """launch/install.sh, run.sh and job.sh, through to what the workers do."""
 
+import fcntl
 import tarfile
 
 import pytest
@@ -118,3 +119,24 @@ def test_one_job_at_a_time_and_stop(ready):
     ready.succeed("job.sh", "stop")
     assert ready.succeed("job.sh", "status").count(" exit 143") == 2
     assert exit_codes(ready) == ["143", "143"]
+
+
+def test_stop_kills_what_does_not_end(ready):
+    ready.will(train="deaf")
+    ready.succeed("run.sh", "train")
+    wait_for(lambda: len(list(ready.folder.glob("deaf_*"))) == 2)
+    locks = [path.open() for path in ready.folder.glob("deaf_*")]
+    wait_for(lambda: all(map(is_held, locks)))
+    ready.succeed("job.sh", "stop", STOP_WAIT="1")
+    assert exit_codes(ready) == ["143", "143"]
+    wait_for(lambda: not any(map(is_held, locks)))
+
+
+def is_held(lock) -> bool:
+    """A lock ends with the process that holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    return False

@@ -1,5 +1,7 @@
 """Command lines that a slip of the hand makes: one line that names it and says what to do, exit code 1."""
 
+import importlib.util
+
 import pytest
 
 from tests.mains.conftest import PROMPTS, SMALL, settings
@@ -54,6 +56,13 @@ TRAIN, SAMPLE = "configs/pretrain.py:tiny", "configs/sample.py:tiny"
 def test_train(commands, dataset, tmp_path, flag, told):
     line = commands.fail("train", *commands.train_flags("pretrain", tmp_path / "run", dataset.csv, flag))
     assert all(words in line for words in told), line
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="the package is there")
+def test_a_bucket_without_its_package(commands, dataset):
+    line = commands.fail("train", *commands.train_flags("pretrain", "gs://bucket/run", dataset.csv))
+    assert "gs://" in line
+    assert ".[gcs]" in line
 
 
 @pytest.mark.parametrize(

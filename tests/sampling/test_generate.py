@@ -49,3 +49,19 @@ def test_every_mesh_samples_the_same(sizes):
 def test_known_scenes_come_back_as_they_went_in():
     known = jax.random.normal(jax.random.split(jax.random.key(1), 3)[0], (1, LAYOUT.num_frames, 4, 8, 4))[:, :1]
     np.testing.assert_array_equal(sample(2, 1, 2, 2)[:, :1], known)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_noise_of_known_scenes_has_the_precision_of_the_model(dtype):
+    """The 5B schedule's noise at t = 0 is a hundredth of a latent in float32; in bfloat16, as the release is run, 0."""
+    params = jax.tree.map(lambda x: x.astype(dtype), random_params())
+    graph = nnx.graphdef(DiT(MODEL, rngs=nnx.Rngs(0)))
+    schedule = NoiseSchedule(ScheduleConfig.cogvideox_5b())
+    sampler = WindowSampler(graph, params, schedule, SamplingConfig(SamplerConfig("ddim", 4), condition="noised"))
+    latents = jax.random.normal(jax.random.key(0), (1, 3, 4, 8, 4))
+    shown = sampler.conditions(latents, jax.random.key(1))
+    noise = jnp.abs(shown - latents.astype(dtype).astype(jnp.float32)).mean()
+    if dtype == jnp.bfloat16:
+        assert noise == 0
+    else:
+        assert 0.01 < noise < 0.05

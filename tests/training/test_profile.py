@@ -1,0 +1,24 @@
+"""The trace of a few steps; that a whole run writes one is in tests/mains/test_features.py."""
+
+import jax.numpy as jnp
+
+from mask2dit_jax.training.profile import StepTrace
+
+
+def test_a_run_that_is_stopped_within_the_trace_writes_what_there_is(tmp_path):
+    trace = StepTrace((2, 100), tmp_path / "profile", num_steps=100)
+    for step in (1, 2, 3):
+        with trace(step):
+            jnp.ones(8).sum()
+    assert not list(tmp_path.rglob("*.xplane.pb"))
+    trace.close()
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+    trace.close()  # nothing is under way
+
+
+def test_a_run_that_is_stopped_before_the_trace_writes_none(tmp_path):
+    trace = StepTrace((2, 3), tmp_path / "profile", num_steps=100)
+    with trace(1):
+        pass
+    trace.close()
+    assert not list(tmp_path.iterdir())
