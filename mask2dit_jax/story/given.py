@@ -8,7 +8,7 @@ Who wants the one frame says `seconds: 0.1`.
 import numpy as np
 from absl import logging
 from jaxtyping import Float32
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from mask2dit_jax.data.transforms import fit_frames, resized_shape
 from mask2dit_jax.data.video import VideoInfo, probe, read_frames
@@ -16,10 +16,12 @@ from mask2dit_jax.errors import UserError
 from mask2dit_jax.story.story import Scene, is_picture
 
 _MUCH = 0.4  # of a picture that is cut away without a warning
+_LONG = 0.5  # seconds of a clip that are left out without a warning
+_FAST = 0.05  # by how much a clip is too fast or too slow without a warning
 
 
 def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]) -> None:
-    """Warns if the scene loses much of its picture.
+    """Warns if the scene loses much of its picture or of its length, or if it is shown too fast or too slow.
 
     Raises:
         UserError: the file is missing, damaged, of another kind, or too short.
@@ -34,6 +36,7 @@ def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int
             f"{path}: {info.num_frames} frames are too few; {num_frames} frames at {fps:g} a second need {needed} of "
             f"its {float(info.fps):g} a second; give a longer clip, fewer `seconds` or num_frames, or a picture"
         )
+    _warn_of_length(path, info, needed, fps)
     return _warn_of_loss(path, (info.height, info.width), size)
 
 
@@ -58,13 +61,37 @@ def _stride(info: VideoInfo, fps: int | float) -> int:
 
 
 def _read_picture(path: str) -> np.ndarray:
+    """Upright, on 8 bits, and on white where it is transparent."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(_plain(ImageOps.exif_transpose(image)))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; correct the path of the given scene") from error
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's words for damage
         raise UserError(f"{path}: damaged or not a picture; give a png, jpg or webp file") from error
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _warn_of_length(path: str, info: VideoInfo, used: int, fps: int | float) -> None:
+    seconds = float(used / info.fps)
+    if info.duration - seconds > _LONG:
+        logging.warning(
+            "%s: the first %.1f s of its %.1f s are the scene; cut it yourself to choose the part",
+            *(path, seconds, info.duration),
+        )
+    speed = fps * _stride(info, fps) / float(info.fps)
+    if abs(speed - 1) > _FAST:
+        logging.warning(
+            "%s: %.4g frames a second become %g, so that it is %.2f times as fast; give it %g or a multiple",
+            *(path, float(info.fps), fps, speed, fps),
+        )
 
 
 def _warn_of_loss(path: str, shape: tuple[int, int], size: tuple[int, int]) -> None:

@@ -1,0 +1,77 @@
+"""Given scenes: what of a picture or a clip is used, and what is said of the rest."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mask2dit_jax.data.video_writer import write_video
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.story.given import check_given, read_given
+from mask2dit_jax.story.story import Scene
+
+SIZE = (16, 32)
+
+
+def shown(path) -> np.ndarray:
+    """The first frame, as bytes."""
+    frame = read_given(Scene("a", given=str(path)), 1, 8, SIZE)[0]
+    return ((frame + 1) * 127.5).round().astype(np.uint8)
+
+
+def test_a_photo_of_a_phone_is_turned_upright(tmp_path):
+    pixels = np.zeros((32, 16, 3), np.uint8)
+    pixels[:16] = 255  # the half that is on the right when it is turned
+    turned = Image.fromarray(pixels)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # Orientation: turn it clockwise
+    turned.save(tmp_path / "photo.png", exif=exif)
+    frame = shown(tmp_path / "photo.png")
+    assert (frame[:, :15] == 0).all()
+    assert (frame[:, 17:] == 255).all()
+
+
+@pytest.mark.parametrize(("mode", "pixel", "expected"), [
+    ("L", 100, (100, 100, 100)),
+    ("RGBA", (200, 100, 0, 255), (200, 100, 0)),
+    ("RGBA", (200, 100, 0, 0), (255, 255, 255)),
+    ("LA", (0, 0), (255, 255, 255)),
+    ("I;16", 257 * 50, (50, 50, 50)),
+])  # fmt: skip
+def test_pixels_of_every_kind(tmp_path, mode, pixel, expected):
+    sixteen_bit = Image.fromarray(np.full(SIZE, pixel, np.uint16)) if mode == "I;16" else None
+    image = sixteen_bit or Image.new(mode, SIZE[::-1], pixel)
+    image.save(tmp_path / "picture.png")
+    assert (shown(tmp_path / "picture.png") == expected).all()
+
+
+def second_chunk_of_pixels(whole: bytes) -> int:
+    return whole.index(b"IDAT", whole.index(b"IDAT") + 4)
+
+
+@pytest.mark.parametrize("position", [
+    lambda whole: whole.index(b"IHDR") - 1,  # its length: a ValueError of Pillow's
+    second_chunk_of_pixels,  # its name: a SyntaxError
+    lambda whole: 3,  # that it is a png at all
+])  # fmt: skip
+def test_a_damaged_picture_is_one_line(tmp_path, position):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)).save(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[position(bytes(damaged))] &= 0x03
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a\.png: damaged or not a picture; give a png, jpg or webp file"):
+        shown(path)
+
+
+@pytest.mark.parametrize(("fps", "count", "told"), [
+    (8, 9, ""),
+    (24, 25, ""),
+    (8, 160, "the first 1.1 s of its 20.0 s are the scene"),
+    (12, 17, "12 frames a second become 8, so that it is 1.33 times as fast"),
+    (6, 9, "6 frames a second become 8, so that it is 1.33 times as fast"),
+])  # fmt: skip
+def test_what_is_said_of_a_clip(tmp_path, caplog, fps, count, told):
+    write_video(tmp_path / "clip.mp4", np.zeros((count, *SIZE, 3), np.uint8), fps)
+    check_given(Scene("a", given=str(tmp_path / "clip.mp4")), 9, 8, SIZE)
+    assert told in caplog.text
+    assert bool(told) == bool(caplog.text)
