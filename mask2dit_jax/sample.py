@@ -71,9 +71,11 @@ def main(argv):
     ]
     if jax.process_index() == 0:
         print(*dict.fromkeys(folder.text for folder in folders), sep="\n\n", flush=True)
+    folders = folders[jax.process_index() :: jax.process_count()]
+    for folder in folders:
+        folder.say_what_is_there()
     if _PLAN.value:
         return
-    folders = folders[jax.process_index() :: jax.process_count()]
     for folder in folders:
         folder.open()
         _encode_given(folder, models)

@@ -1,16 +1,18 @@
 """Videos one after the other in one file, without coding them again: the story is its scenes, bit for bit."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import av
+from etils import epath
 
 from mask2dit_jax.data.output_file import atomic_output
 from mask2dit_jax.errors import UserError
 
 
 def join_videos(path: str | os.PathLike, parts: Sequence[str | os.PathLike]) -> None:
-    """Writes the frames of `parts`, which `write_video` made at one size and rate, into one mp4.
+    """Writes the frames of `parts` (local or gs://), which `write_video` made at one size and rate, into one mp4.
 
     Memory does not grow with the number of frames.
 
@@ -48,8 +50,12 @@ def _delay(part: str | os.PathLike) -> int:
         return (first.pts - first.dts) // first.duration
 
 
-def _open(part: str | os.PathLike):
-    try:
-        return av.open(os.fspath(part))
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{part}: cannot be read ({error.strerror}); delete it, and it is written again") from error
+@contextlib.contextmanager
+def _open(part: str | os.PathLike) -> Iterator[av.container.InputContainer]:
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(epath.Path(part).open("rb"))
+            container = opened.enter_context(av.open(file))
+        except (av.FFmpegError, OSError) as error:
+            raise UserError(f"{part}: cannot be read ({error.strerror}); delete it, and it is written again") from error
+        yield container

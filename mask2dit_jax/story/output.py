@@ -11,16 +11,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from etils import epath
 from jaxtyping import UInt8
 
-from mask2dit_jax.data.output_file import atomic_output
+from mask2dit_jax.data.output_file import atomic_output, remove_leftovers
 from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.data.video_join import join_videos
 from mask2dit_jax.data.video_writer import write_video
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.story.page import PageScene, story_page
-from mask2dit_jax.story.plan import StoryPlan
+from mask2dit_jax.story.plan import StoryPlan, in_words
 from mask2dit_jax.story.scenes import SceneStore, Shown
 from mask2dit_jax.story.statistics import FrameStatistics, drift, latent_statistics
 
@@ -47,10 +48,28 @@ class StoryFolder:
     display: str
     run: Mapping[str, object]
 
+    def say_what_is_there(self) -> None:
+        """Before anything is done: scenes that will be kept, and, as a warning, those that will be replaced."""
+        numbers = range(len(self.plan.frames))
+        kept = [number for number in numbers if number in self.scenes]
+        replaced = [number for number in numbers if self.scenes.is_of_others(number)]
+        if kept:
+            logging.info("%s: made already: %s", self.folder, in_words(kept))
+        if replaced:
+            logging.warning(
+                "%s: to be replaced: %s, made with other settings or damaged; choose another output to keep them",
+                *(self.folder, in_words(replaced)),
+            )
+
     def open(self) -> None:
-        """Writes run.json, and so finds out whether the folder can be written. Raises UserError if not, or if the disk
-        has no room for the latents that are still to come."""
-        self._write_run({})
+        """Finds out whether the folder can be written: writes run.json, which stays that of an earlier run until the
+        first of its scenes is replaced. Raises UserError if not, or if the disk has no room for the latents to come."""
+        record = self.folder / "run.json"
+        with atomic_output(record) as path:
+            path.write_bytes(record.read_bytes() if record.exists() else self._record({}))
+        for name in ("run.json", "scene_*.mp4", "story.mp4", "storyboard.png", "index.html"):
+            remove_leftovers(self.folder, name)
+        remove_leftovers(self.folder / "latents")
         missing = [number for number in range(len(self.plan.frames)) if number not in self.scenes]
         frame = self.size[0] * self.size[1] * 3
         needed = len(missing) * 2 * _FRAMES_KEPT * frame  # kept frames, and about as much for the videos
@@ -71,6 +90,7 @@ class StoryFolder:
 
     def show(self, number: int, frames: Iterable[UInt8[np.ndarray, "h w 3"]]) -> None:
         """Writes the video of a scene from its frames, one by one."""
+        self._write_run({})
         length = self.plan.frames[number]
         keep = np.linspace(0, length - 1, _FRAMES_KEPT).round().astype(int)
         measured = FrameStatistics(frames, keep.tolist())
@@ -121,10 +141,13 @@ class StoryFolder:
             path.write_text(page, encoding="utf-8")
 
     def _write_run(self, more: Mapping[str, object]) -> None:
+        with atomic_output(self.folder / "run.json") as path:
+            path.write_bytes(self._record(more))
+
+    def _record(self, more: Mapping[str, object]) -> bytes:
         versions = {name: _version(name) for name in _VERSIONS}
         record = {**self.run, "story": dataclasses.asdict(self.plan.story), "versions": versions, **more}
-        with atomic_output(self.folder / "run.json") as path:
-            path.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n", encoding="utf-8")
+        return (json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n").encode()
 
 
 def _version(package: str) -> str:

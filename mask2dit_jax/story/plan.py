@@ -88,10 +88,10 @@ class StoryPlan:
             return f"given: {scene.given}"
         window = next(window for window in self.windows if number in window.new)
         if not window.known:
-            return f"together: {_scenes(window.new)}" if len(window.new) > 1 else "alone"
+            return f"together: {in_words(window.new)}" if len(window.new) > 1 else "alone"
         if len(window.new) > 1:
-            return f"together: {_scenes(window.new)}, from {_scenes(window.known)}"
-        return f"extended from {_scenes(window.known)}"
+            return f"together: {in_words(window.new)}, from {in_words(window.known)}"
+        return f"extended from {in_words(window.known)}"
 
     def table(self, height: int, width: int, num_steps: int, memory: Sequence[str] = ()) -> str:
         """The plan in words.
@@ -138,7 +138,7 @@ class StoryPlan:
                 remarks.append(f"scene {number}: the picture {scene.given} is held for {frames} frames")
         longer = [number for number, frames in enumerate(self.frames) if frames > self.trained_frames]
         if longer:
-            remarks.append(f"longer than the {self.trained_frames} frames that the model knows: {_scenes(longer)}")
+            remarks.append(f"longer than the {self.trained_frames} frames that the model knows: {in_words(longer)}")
         for what, cuts in (("prompt", self.prompts), ("negative prompt", self.negatives)):
             for number, cut in enumerate(cuts, start=1):
                 if cut.lost:
@@ -152,8 +152,8 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _scenes(numbers: Sequence[int]) -> str:
-    """Scenes 1, 4-5: counted from one."""
+def in_words(numbers: Sequence[int]) -> str:
+    """Numbers of scenes as "scenes 1, 4-5": counted from one."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import fsspec
-import fsspec.implementations.local
 import grain
 import numpy as np
 import pytest
@@ -29,6 +27,7 @@ from mask2dit_jax.data.scene_store import UnreadableScene
 from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.data.sources import Clip, Group, Scan
 from mask2dit_jax.errors import UserError
+from tests.bucket import buckets_in
 from tests.data.clips import GREY_STEP, make_clip
 
 ROOT = Path(__file__).parents[2]
@@ -373,29 +372,9 @@ def test_a_shard_without_a_usable_clip_is_empty(complete):
     assert all(np.isfinite(store.read(clip, 1)["mean"]).all() for clip in store.clips)
 
 
-class Bucket(fsspec.implementations.local.LocalFileSystem):
-    """gs:// as a folder: what goes through epath is as with a bucket, a rename is an error as it would be a copy."""
-
-    protocol = ("gcs", "gs")
-    root = ""
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(str(path).replace("gs://", f"{cls.root}/"))
-
-    def rename(self, *_, **__):
-        raise AssertionError("a bucket cannot rename")
-
-    mv = rename
-
-
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    monkeypatch.setattr(Bucket, "root", str(tmp_path))
     (tmp_path / "bucket").mkdir()
-    systems = {"gcs": Bucket(auto_mkdir=True), "file": fsspec.implementations.local.LocalFileSystem()}
-    monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: systems[name])
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
     # ArrayRecord opens gs:// itself, in C++.
     reader = array_record_module.ArrayRecordReader
     monkeypatch.setattr(
@@ -403,8 +382,8 @@ def bucket(tmp_path, monkeypatch):
         "ArrayRecordReader",
         lambda path, *rest, **options: reader(path.replace("gs://", f"{tmp_path}/"), *rest, **options),
     )
-    yield "gs://bucket/latents"
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    with buckets_in(tmp_path, monkeypatch):
+        yield "gs://bucket/latents"
 
 
 def test_in_a_bucket(bucket, complete, scan, tmp_path):
