@@ -12,19 +12,10 @@ from PIL import Image
 from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig
 from mask2dit_jax.encoders import VideoCodec
-from mask2dit_jax.errors import UserError
-from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.parallel import sharding
-from mask2dit_jax.port.pretrained import has_weights, load_config
 from mask2dit_jax.sampling.generate import make_denoise_step
 from mask2dit_jax.training.event_file import EventFile
 from mask2dit_jax.training.program import TrainProgram
-
-
-def check_vae(pretrained) -> None:
-    """Raises UserError if there is nothing to decode with: training itself may need no VAE."""
-    if isinstance(load_config(pretrained, "vae"), VAEConfig) and not has_weights(pretrained, "vae"):
-        raise UserError(f"sample_every needs the VAE, and {pretrained}/vae holds no weights; set sample_every=0")
 
 
 class Preview:

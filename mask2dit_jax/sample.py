@@ -166,7 +166,7 @@ def _repeated(path: str) -> tuple[ConfigDict, list[Story]]:
 
 def _warn_of_other_weights(path: str | None, models: SamplingModels) -> None:
     for name, fingerprint in (read_json(epath.Path(path)).get("weights", {}) if path else {}).items():
-        if models.weights.get(name) != fingerprint:
+        if models.weights.get(name, fingerprint) != fingerprint:
             logging.warning("%s was made with other weights (%s): the story will be another one", path, name)
 
 
@@ -209,17 +209,19 @@ def _folder(config: ConfigDict, models: SamplingModels, plan: StoryPlan, seed: i
     size = config.height, config.width
     largest = max(plan.layouts, key=lambda layout: layout.num_tokens)
     memory = models.memory(largest, sum(plan.latent_frames)).lines(models.mesh.size)
+    weights, common = dict(models.weights), {"seed": seed, "compute_dtype": config.compute_dtype}
     settings = {
-        "seed": seed,
-        "weights": models.weights,
-        **{name: config[name] for name in ("height", "width", "mask", "compute_dtype", "condition", "guidance")},
-        "guidance_scale": config.guidance_scale,
+        **common,
+        "weights": {name: weights[name] for name in ("transformer", "text_encoder", "scheduler")},
+        "latents": [*models.latent_shape, models.vae.temporal_compression_ratio],
+        **{name: config[name] for name in ("mask", "condition", "guidance", "guidance_scale")},
         "sampler": config.sampler.to_dict(),
     }
-    scenes = SceneStore(folder / "latents", fingerprints(plan, settings))
-    run = {"config": config.to_dict(), "seed": seed, "weights": models.weights}
+    given = {**common, "vae": weights["vae"], "size": size}
+    scenes = SceneStore(folder / "latents", fingerprints(plan, settings, given))
+    run = {"config": config.to_dict(), "seed": seed, "weights": weights}
     text = plan.table(*size, models.sampling.sampler.num_steps, memory)
-    display = f"{config.decode_chunking}, {config.fps} frames a second"
+    display = f"VAE {weights['vae']}, {config.decode_chunking}, {config.fps} frames a second"
     return StoryFolder(folder, plan, text, size, scenes, display, run)
 
 

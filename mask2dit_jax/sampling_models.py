@@ -1,6 +1,7 @@
 """The models that a sampling config names: their sizes at once, their weights when they are first needed."""
 
 import functools
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mask2dit_jax import caches, setup_run
 from mask2dit_jax.data.text import Cut, cut, load_tokenizer
+from mask2dit_jax.diffusion.samplers import Sampler
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.encoders import TextEncoder, VideoCodec
 from mask2dit_jax.layout import SceneLayout
@@ -43,6 +45,9 @@ class SamplingModels:
         self.sampling = setup_run.sampling_config(config)
         self._dtype = setup_run.resolve_dtype(config.compute_dtype)
         self._schedule = NoiseSchedule(port.load_schedule(self._pretrained))
+        Sampler(self.sampling.sampler, self._schedule)  # refuses what does not go together
+        for name in ("vae", "text_encoder"):
+            port.require_weights(self._pretrained, name, "copy them there, or give another --config.pretrained")
         sides = config.height, config.width
         self._latent_size = tuple(side // self.vae.spatial_compression_ratio for side in sides)
         self.mesh = setup_run.sampling_mesh(config, self.model, self.vae, jax.local_devices())
@@ -86,12 +91,14 @@ class SamplingModels:
 
     @functools.cached_property
     def weights(self) -> dict[str, str]:
-        """Fingerprints: other weights make another story."""
+        """Fingerprints: other weights, or another noise schedule, make another story."""
         source = self._source
         parts = ("params", "ema")[: 1 + source.is_ema] if source.is_checkpoint else ("transformer",)
         return {
             "transformer": port.fingerprint(source.folder, parts),
-            "encoders": port.fingerprint(self._pretrained, ("vae", "text_encoder", "tokenizer")),
+            "text_encoder": port.fingerprint(self._pretrained, ("text_encoder", "tokenizer")),
+            "vae": port.fingerprint(self._pretrained, ("vae",)),
+            "scheduler": hashlib.sha256(repr(self._schedule).encode()).hexdigest()[:16],
         }
 
     def encode(self, texts: Iterable[str]) -> dict[str, np.ndarray]:

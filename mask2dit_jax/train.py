@@ -22,7 +22,7 @@ from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.port import pretrained as port
-from mask2dit_jax.preview import Preview, check_vae
+from mask2dit_jax.preview import Preview
 from mask2dit_jax.training import checkpoint, resume, scene_lengths, validation
 from mask2dit_jax.training.event_file import EventFile, open_event_file
 from mask2dit_jax.training.metrics import MetricsLog
@@ -57,7 +57,7 @@ def main(argv):
         start, source = _find_start(config, pretrained, manager)
         vae_config, text_config = setup_run.encoder_configs(pretrained)
         if config.sample_every:
-            check_vae(pretrained)
+            port.require_weights(pretrained, "vae", "storyboards need it; set sample_every=0")
         wanted = setup_run.model_from_scratch(config, vae_config, text_config)
         stored = setup_run.stored_model(source, wanted, config) if source else wanted
         setup_run.check_encoders(stored, pretrained)

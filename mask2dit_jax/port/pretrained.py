@@ -68,6 +68,14 @@ def has_weights(directory: epath.PathLike, name: str) -> bool:
     return (folder / PARAMS).exists() or (folder.exists() and any(folder.glob("*.safetensors*")))
 
 
+def require_weights(directory: epath.PathLike, name: str, why: str) -> None:
+    """Raises UserError if the component has parameters and its folder none of them. `why` completes "PATH holds no
+    weights; "."""
+    has_parameters = jax.tree.leaves(COMPONENTS[name].module(load_config(directory, name)))
+    if has_parameters and not has_weights(directory, name):
+        raise UserError(f"{directory}/{name} holds no weights; {why}")
+
+
 def load_config(directory: epath.PathLike, name: str):
     """The component's config, from its config.json."""
     directory = epath.Path(directory)

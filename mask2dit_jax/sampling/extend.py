@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mask2dit_jax.axes import Array, NpFloats
+from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.sampling.generate import WindowSampler
 from mask2dit_jax.story.windows import Window
@@ -46,6 +47,9 @@ def generate_story(
         latents: clean, scaled latents (f h w c) of the scenes that are known; takes those that are generated. A dict,
             or what keeps them on disk, so that memory does not grow with the story.
         progress: gives a wrapper of the steps of a window.
+
+    Raises:
+        UserError: the latents of a window are not finite.
     """
     for window in windows:
         if not all(scene in latents for scene in window.new):
@@ -54,6 +58,12 @@ def generate_story(
             texts = (values[None, list(window.scenes)] for values in (text, negative_text))
             window_key = jax.random.fold_in(key, window.new[0])
             result = _generate_window(sampler, known, *texts, layout, latent_shape, window_key, progress(window))
+            if not np.isfinite(result).all():
+                numbers = ", ".join(str(scene + 1) for scene in window.new)
+                raise UserError(
+                    f"scene {numbers}: the latents are no numbers (NaN or infinite) and are not kept; look for damage "
+                    "in the transformer's weights, or compute in float32"
+                )
             for scene, part in zip(window.new, layout.frame_slices[len(known) :], strict=True):
                 latents[scene] = result[part]
         yield window

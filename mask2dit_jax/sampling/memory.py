@@ -57,14 +57,14 @@ class SamplingMemory:
         )
 
     def lines(self, num_devices: int) -> list[str]:
-        """In words, a device; parameters and tokens are spread over the devices."""
-        text_encoder, transformer, vae, activations = (
-            value / num_devices for value in (self.text_encoder, self.transformer, self.vae, self.activations)
+        """In words, a device; parameters and tokens are spread over the devices, but for the VAE's parameters."""
+        text_encoder, transformer, activations = (
+            value / num_devices for value in (self.text_encoder, self.transformer, self.activations)
         )
         return [
             f"memory a device ({num_devices}), at least: {_size(text_encoder)} for the text encoder, then freed;",
-            f"  {_size(transformer + vae + activations)} for transformer {_size(transformer)}, VAE {_size(vae)} and "
-            f"activations {_size(activations)}; not counted: workspace of attention and VAE",
+            f"  {_size(transformer + self.vae + activations)} for transformer {_size(transformer)}, "
+            f"VAE {_size(self.vae)} and activations {_size(activations)}; not counted: workspace of attention and VAE",
             f"latents on disk: {_size(self.latents_on_disk)}",
         ]
 

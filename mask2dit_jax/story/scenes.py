@@ -99,16 +99,17 @@ class SceneStore(MutableMapping[int, np.ndarray]):
             return None
 
 
-def fingerprints(plan: StoryPlan, settings: Mapping[str, object]) -> list[str]:
+def fingerprints(plan: StoryPlan, settings: Mapping[str, object], given: Mapping[str, object]) -> list[str]:
     """Of every scene: a hash of what decides its latents.
 
     Args:
-        settings: what the plan does not say: weights, sizes, sampler, seed.
+        settings: what the plan does not say of generated scenes: transformer, text encoder, sampler, seed, ...
+        given: what it does not say of given scenes: VAE, size, seed, ...
     """
     made: dict[int, str] = {}
     story, frames = plan.story, plan.frames
     for number, scene in enumerate(story.scenes[: story.num_given]):
-        made[number] = _hash(settings, number, frames[number], plan.fps, _file_hash(scene.given))
+        made[number] = _hash(given, number, frames[number], plan.fps, _file_hash(scene.given))
     for window in plan.windows:
         scenes = [story.scenes[number] for number in window.scenes]
         texts = [(scene.prompt, scene.negative if plan.guided else "") for scene in scenes]

@@ -87,6 +87,14 @@ def test_sampling(commands, copy, tmp_path):
 
     truncate(last_shard(copy / "vae"))
     assert f"{last_shard(copy / 'vae')} is no complete safetensors file" in fail()
+    for component in ("vae", "text_encoder"):
+        config = (copy / component / "config.json").read_bytes()
+        (copy / component).rename(tmp_path / component)
+        (copy / component).mkdir()
+        (copy / component / "config.json").write_bytes(config)
+        assert f"{copy / component} holds no weights; copy them there" in fail()
+        shutil.rmtree(copy / component)
+        (tmp_path / component).rename(copy / component)
     shutil.rmtree(copy / "tokenizer")
     assert f"tokenizer folder {copy / 'tokenizer'}" in fail()
     shutil.rmtree(copy / "transformer")
@@ -110,7 +118,7 @@ def test_a_storyboard_without_a_vae(commands, copy, dataset, tmp_path):
         file.unlink()
     flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, pretrained=copy, sample_every=1)
     line = commands.fail("train", *flags)
-    assert f"sample_every needs the VAE, and {copy}/vae holds no weights; set sample_every=0" in line
+    assert f"{copy}/vae holds no weights; storyboards need it; set sample_every=0" in line
 
 
 def test_the_only_checkpoint_is_damaged(commands, pretrain_workdir, dataset, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mask2dit_jax import setup_run
 from mask2dit_jax.data.video import probe
 from mask2dit_jax.data.video_writer import write_video
 from tests.mains.conftest import FPS, HEIGHT, SMALL, WIDTH, moving_square, settings
@@ -126,6 +127,19 @@ def test_an_edited_story_repeats_what_changes(commands, story, pretrain_workdir,
     assert written(output) == after
 
 
+def test_another_schedule_is_another_story(commands, story, pretrain_workdir, tmp_path):
+    """The given scene stays; no weights are read to say so."""
+    folder, output = copied(story, tmp_path)
+    pretrained = shutil.copytree(setup_run.ASSETS / "tiny", tmp_path / "pretrained")
+    path = pretrained / "scheduler" / "scheduler_config.json"
+    asked = flags(pretrain_workdir, output, f"--story={folder / 'story.yaml'}", "--plan", pretrained=pretrained)
+    assert "replaced" not in commands.succeed("sample", *asked).stderr
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"snr_shift_scale": 2.0}))
+    told = commands.succeed("sample", *asked).stderr
+    assert "made already: scene 1\n" in told
+    assert "to be replaced: scenes 2-4, made with other settings" in told
+
+
 def test_the_same_again(commands, story, tmp_path):
     """From run.json alone, bit for bit."""
     commands.succeed("sample", f"--repeat={story[1] / 'run.json'}", f"--output={tmp_path}")
@@ -209,6 +223,7 @@ def test_an_upright_clip_is_cut_with_a_warning(commands, pretrain_workdir, tmp_p
     (["--config.given=('a.mp4',)"], "--config.given does not go with --story"),
     (["--config.anchor=True", "--config.num_scenes=2"], "an anchor needs num_scenes of at least 3"),
     (["--config.max_scenes=2"], "4 scenes are more than max_scenes=2"),
+    (["--config.sampler.num_steps=2000", "--plan"], "sampling steps must be between 1 and 1000, not 2000"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(commands, pretrain_workdir, tmp_path, more, told):
     assert told in commands.fail("sample", *flags(pretrain_workdir, tmp_path / "out", write(tmp_path), *more))

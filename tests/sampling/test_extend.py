@@ -246,3 +246,17 @@ def test_every_scene_has_its_own_negative_prompt():
         made.append(latents)
     assert np.abs(made[0][0] - made[1][0]).max() > 0.01
     np.testing.assert_array_equal(made[0][2], made[1][2])  # under mask v1 nothing passes from scene to scene
+
+
+def test_latents_that_are_no_numbers_are_not_kept():
+    """The first window is; the second, whose scene 5 cannot be computed, ends the story."""
+
+    class Broken(RecordingSampler):
+        def __call__(self, latents, *args, **kwargs):
+            result = super().__call__(latents, *args, **kwargs)
+            return result if len(self.windows) < 3 else result * np.nan
+
+    latents = {}
+    with pytest.raises(UserError, match=r"scene 5: the latents are no numbers .* are not kept; look for damage"):
+        story(Broken(), latents=latents)
+    assert sorted(latents) == [0, 1, 2, 3]

@@ -19,7 +19,7 @@ PLAN = make_plan([Scene(prompt) for prompt in "abcd"], default_frames=5)
 
 def folder_of(path, seed: int = 0) -> StoryFolder:
     path = epath.Path(path)
-    scenes = SceneStore(path / "latents", fingerprints(PLAN, {"seed": seed}))
+    scenes = SceneStore(path / "latents", fingerprints(PLAN, {"seed": seed}, {}))
     return StoryFolder(path, PLAN, "", SIZE, scenes, "", {"seed": seed})
 
 

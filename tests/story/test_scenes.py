@@ -65,7 +65,7 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
 
 def test_a_disk_without_room_is_noticed_first(tmp_path, monkeypatch):
     plan = make_plan(SCENES)
-    store = SceneStore(tmp_path / "latents", fingerprints(plan, {}))
+    store = SceneStore(tmp_path / "latents", fingerprints(plan, {}, {}))
     folder = StoryFolder(epath.Path(tmp_path), plan, "", (480, 720), store, "", {"seed": 0})
     folder.open()
     usage = shutil.disk_usage(tmp_path)
@@ -76,8 +76,8 @@ def test_a_disk_without_room_is_noticed_first(tmp_path, monkeypatch):
 
 def changed(scenes=SCENES, settings=None, **plan) -> list[int]:
     """The scenes whose fingerprints differ from those of SCENES."""
-    before = fingerprints(make_plan(SCENES), {"seed": 0})
-    after = fingerprints(make_plan(scenes, **plan), settings or {"seed": 0})
+    before = fingerprints(make_plan(SCENES), {"seed": 0}, {})
+    after = fingerprints(make_plan(scenes, **plan), settings or {"seed": 0}, {})
     return [number for number, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]]
 
 
@@ -102,5 +102,24 @@ def test_other_pixels_make_another_story(tmp_path):
     for pixels in (b"one", b"two"):
         (tmp_path / "clip.mp4").write_bytes(pixels)
         given = Scene("a", given=str(tmp_path / "clip.mp4"))
-        made.append(fingerprints(make_plan((given, *SCENES)), {}))
+        made.append(fingerprints(make_plan((given, *SCENES)), {}, {}))
     assert all(a != b for a, b in zip(*made, strict=True))
+
+
+def test_a_generated_scene_depends_on_the_vae_only_through_given_ones(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"one")
+    given = Scene("a", given=str(tmp_path / "clip.mp4"))
+
+    def changes(scenes):
+        first, second = (fingerprints(make_plan(scenes), {}, {"vae": vae}) for vae in ("one", "two"))
+        return [a != b for a, b in zip(first, second, strict=True)]
+
+    assert not any(changes(SCENES))
+    assert all(changes((given, *SCENES)))
+
+
+def test_other_settings_of_generated_scenes_leave_given_ones(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"one")
+    plan = make_plan((Scene("a", given=str(tmp_path / "clip.mp4")), *SCENES))
+    first, second = (fingerprints(plan, {"sampler": steps}, {}) for steps in (20, 50))
+    assert [a != b for a, b in zip(first, second, strict=True)] == [False] + [True] * len(SCENES)
