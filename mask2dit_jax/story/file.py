@@ -8,6 +8,9 @@
     scenes:
       - given: den.png                                  # a clip or a picture that is this scene; relative to the file
         prompt: Actor1 sleeps in the den.
+      - given: walk.mp4
+        start: 12.5                                     # seconds into the clip; without it, its beginning
+        prompt: Actor1 stretches.
       - prompt: Actor1 steps out into the snow.
         seconds: 3
       - Actor1 runs along the frozen river.             # nothing but a prompt
@@ -23,10 +26,10 @@ import yaml
 from absl import logging
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.story.story import LONGEST_SCENE, Actors, Scene, Story
+from mask2dit_jax.story.story import LONGEST_SCENE, Actors, Scene, Story, is_picture
 
 STORY_KEYS = ("title", "style", "negative", "actors", "scenes")
-SCENE_KEYS = ("prompt", "negative", "seconds", "given")
+SCENE_KEYS = ("prompt", "negative", "seconds", "given", "start")
 _KINDS = {"str": "a text", "int": "a number", "float": "a number", "bool": "yes or no", "null": "nothing",
           "map": "keys with values", "seq": "a list", "timestamp": "a date"}  # fmt: skip
 
@@ -97,11 +100,15 @@ class _Reader:
         if "prompt" not in fields:
             raise self._fault(node, "the scene has no prompt; add one (a given scene needs one too)")
         prompt = self._described(fields, "prompt", actors)
+        given = str(self._path.parent / self._text(fields["given"], "given")) if "given" in fields else ""
+        if "start" in fields and (not given or is_picture(given)):
+            raise self._fault(fields["start"], "start is a place in a given clip, and there is none; remove the key")
         return Scene(
             prompt=f"{style} {prompt}".strip(),  # in front, where it is never what a prompt that is too long loses
             negative=self._text(fields["negative"], "negative") if "negative" in fields else negative,
             seconds=self._seconds(fields["seconds"]) if "seconds" in fields else None,
-            given=str(self._path.parent / self._text(fields["given"], "given")) if "given" in fields else "",
+            given=given,
+            start=self._start(fields["start"]) if "start" in fields else 0,
             where=self._where(node),
         )
 
@@ -151,17 +158,20 @@ class _Reader:
         return " ".join(node.value.split())
 
     def _seconds(self, node: yaml.Node) -> float:
-        seconds = math.nan
-        if _kind(node) == "a number":
-            seconds = float(yaml.safe_load(node.value))
+        seconds = _number(node)
         if not 0 < seconds <= LONGEST_SCENE:
-            what = node.value if isinstance(node, yaml.ScalarNode) else _kind(node)
             raise self._fault(
                 node,
-                f"seconds must be a number above 0 and at most {LONGEST_SCENE:g}, not {what}; "
+                f"seconds must be a number above 0 and at most {LONGEST_SCENE:g}, not {_value(node)}; "
                 "split what is longer into scenes",
             )
         return seconds
+
+    def _start(self, node: yaml.Node) -> float:
+        start = _number(node)
+        if not 0 <= start < math.inf:
+            raise self._fault(node, f"start must be a number of seconds into the clip, not {_value(node)}")
+        return start
 
     def _similar(self, name: str, known) -> str:
         close = difflib.get_close_matches(name, list(known), n=1)
@@ -176,6 +186,15 @@ class _Reader:
 
 def _kind(node: yaml.Node) -> str:
     return _KINDS.get(node.tag.rpartition(":")[2], "something else")
+
+
+def _number(node: yaml.Node) -> float:
+    """Not a number (NaN) if it is none."""
+    return float(yaml.safe_load(node.value)) if _kind(node) == "a number" else math.nan
+
+
+def _value(node: yaml.Node) -> str:
+    return node.value if isinstance(node, yaml.ScalarNode) else _kind(node)
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> str:

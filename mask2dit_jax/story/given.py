@@ -30,20 +30,21 @@ def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int
     if is_picture(path):
         return _warn_of_loss(path, _read_picture(path).shape[:2], size)
     info = probe(path)
-    needed = (num_frames - 1) * _stride(info, fps) + 1
-    if info.num_frames < needed:
+    used = _frames(scene, info, num_frames, fps)
+    if info.num_frames < used.stop:
         raise UserError(
-            f"{path}: {info.num_frames} frames are too few; {num_frames} frames at {fps:g} a second need {needed} of "
-            f"its {float(info.fps):g} a second; give a longer clip, fewer `seconds` or num_frames, or a picture"
+            f"{path}: {info.num_frames} frames are too few; {num_frames} frames at {fps:g} a second"
+            f"{f' from second {scene.start:g} on' if scene.start else ''} need {used.stop} of its "
+            f"{float(info.fps):g} a second; give a longer clip, fewer `seconds` or num_frames, or a picture"
         )
-    _warn_of_length(path, info, needed, fps)
+    _warn_of_length(path, info, used, fps)
     return _warn_of_loss(path, (info.height, info.width), size)
 
 
 def read_given(
     scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]
 ) -> Float32[np.ndarray, "f _h _w 3"]:
-    """The first frames of a given clip at the story's rate, or its picture as often, as the VAE takes them.
+    """Frames of a given clip at the story's rate, or its picture as often, as the VAE takes them.
 
     Raises:
         UserError: as `check_given`.
@@ -51,13 +52,13 @@ def read_given(
     path = scene.given
     if is_picture(path):
         return np.repeat(fit_frames(_read_picture(path)[None], size), num_frames, axis=0)
-    stride = _stride(probe(path), fps)
-    return fit_frames(read_frames(path, range(0, (num_frames - 1) * stride + 1, stride)), size)
+    return fit_frames(read_frames(path, _frames(scene, probe(path), num_frames, fps)), size)
 
 
-def _stride(info: VideoInfo, fps: int | float) -> int:
-    """A frame is taken every so many."""
-    return max(1, round(info.fps / fps))
+def _frames(scene: Scene, info: VideoInfo, num_frames: int, fps: int | float) -> range:
+    """The clip's frames that are the scene: evenly spaced, as the model has seen in training."""
+    start, stride = round(scene.start * info.fps), max(1, round(info.fps / fps))
+    return range(start, start + (num_frames - 1) * stride + 1, stride)
 
 
 def _read_picture(path: str) -> np.ndarray:
@@ -79,14 +80,14 @@ def _plain(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _warn_of_length(path: str, info: VideoInfo, used: int, fps: int | float) -> None:
-    seconds = float(used / info.fps)
-    if info.duration - seconds > _LONG:
+def _warn_of_length(path: str, info: VideoInfo, used: range, fps: int | float) -> None:
+    left_out = float((info.num_frames - used.stop) / info.fps)
+    if not used.start and left_out > _LONG:
         logging.warning(
-            "%s: the first %.1f s of its %.1f s are the scene; cut it yourself to choose the part",
-            *(path, seconds, info.duration),
+            "%s: the first %.1f s of its %.1f s are the scene; `start: %.1f` in a story file takes the last",
+            *(path, info.duration - left_out, info.duration, left_out),
         )
-    speed = fps * _stride(info, fps) / float(info.fps)
+    speed = fps * used.step / float(info.fps)
     if abs(speed - 1) > _FAST:
         logging.warning(
             "%s: %.4g frames a second become %g, so that it is %.2f times as fast; give it %g or a multiple",

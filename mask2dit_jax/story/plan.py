@@ -85,7 +85,7 @@ class StoryPlan:
         """Where scene `number` comes from, in words."""
         scene = self.story.scenes[number]
         if scene.given:
-            return f"given: {scene.given}"
+            return f"given: {scene.given}{f', from second {scene.start:g} on' if scene.start else ''}"
         window = next(window for window in self.windows if number in window.new)
         if not window.known:
             return f"together: {in_words(window.new)}" if len(window.new) > 1 else "alone"

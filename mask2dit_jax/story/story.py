@@ -19,6 +19,7 @@ class Scene:
         negative: what guidance leads away from.
         seconds: how long; None: as long as the run's config says.
         given: path of the clip or the picture that is this scene; empty: it is generated.
+        start: seconds into the given clip at which the scene begins.
         where: names the scene in messages: its number, or the line of its file.
     """
 
@@ -26,6 +27,7 @@ class Scene:
     negative: str = ""
     seconds: int | float | None = None
     given: str = ""
+    start: int | float = 0
     where: str = ""
 
 

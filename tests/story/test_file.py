@@ -49,6 +49,11 @@ def test_a_story(read, tmp_path):
     assert [scene.given for scene in story.scenes] == [str(tmp_path / "den.png"), "", ""]
 
 
+def test_a_part_of_a_clip(read):
+    scenes = read(STORY.replace("den.png", "den.mp4\n    start: 12.5")).scenes
+    assert [scene.start for scene in scenes] == [12.5, 0, 0]
+
+
 def test_the_shortest_story(read):
     assert read("scenes: [A fox runs.]").scenes[0].negative == "the config's"
     assert read("scenes: [A fox runs.]").scenes[0].prompt == Story.from_prompts(["A fox runs."], "").scenes[0].prompt
@@ -63,12 +68,17 @@ def test_an_actor_nobody_needs(read, caplog):
 @pytest.mark.parametrize(("old", "new", "line", "told"), [
     ("title:", "titel:", 1, "no key 'titel'; did you mean 'title'?"),
     ("    seconds: 3", "    secnds: 3", 11, "no key 'secnds'; did you mean 'seconds'?"),
-    ("    seconds: 3", "    colour: red", 11, "no key 'colour'; known are prompt, negative, seconds, given"),
+    ("    seconds: 3", "    colour: red", 11, "no key 'colour'; known are prompt, negative, seconds, given, start"),
     ("seconds: 3", "seconds: -3", 11, "must be a number above 0 and at most 60, not -3"),
     ("seconds: 3", "seconds: three", 11, "must be a number above 0 and at most 60, not three"),
     ("seconds: 3", "seconds: [3]", 11, "not a list"),
     ("seconds: 3", "seconds: 1e9", 11, "split what is longer into scenes"),
     ("seconds: 3", "seconds: .nan", 11, "must be a number"),
+    ("seconds: 3", "start: 3", 11, "start is a place in a given clip, and there is none"),
+    ("given: den.png", "given: den.png\n    start: 3", 9, "start is a place in a given clip"),
+    ("given: den.png", "given: den.mp4\n    start: -3", 9, "start must be a number of seconds into the clip, not -3"),
+    ("given: den.png", "given: den.mp4\n    start: .inf", 9, "start must be a number of seconds"),
+    ("given: den.png", "given: den.mp4\n    start: [3]", 9, "not a list"),
     ("seconds: 3", "prompt: again", 11, "'prompt' is there twice"),
     ("seconds: 3", "given: den.mp4", 0, "leave nothing"),
     ("Actor1 runs", "Actor2 runs", 10, "unknown actor Actor2; did you mean 'Actor1'?"),

@@ -66,7 +66,7 @@ def test_a_damaged_picture_is_one_line(tmp_path, position):
 @pytest.mark.parametrize(("fps", "count", "told"), [
     (8, 9, ""),
     (24, 25, ""),
-    (8, 160, "the first 1.1 s of its 20.0 s are the scene"),
+    (8, 160, "the first 1.1 s of its 20.0 s are the scene; `start: 18.9` in a story file takes the last"),
     (12, 17, "12 frames a second become 8, so that it is 1.33 times as fast"),
     (6, 9, "6 frames a second become 8, so that it is 1.33 times as fast"),
 ])  # fmt: skip
@@ -75,3 +75,16 @@ def test_what_is_said_of_a_clip(tmp_path, caplog, fps, count, told):
     check_given(Scene("a", given=str(tmp_path / "clip.mp4")), 9, 8, SIZE)
     assert told in caplog.text
     assert bool(told) == bool(caplog.text)
+
+
+def test_a_clip_from_a_place_in_it(tmp_path, caplog):
+    """At 24 frames a second in a story of 8: every third frame from the one that is shown at that time."""
+    greys = np.arange(100, dtype=np.uint8)[:, None, None, None] * 2
+    write_video(tmp_path / "clip.mp4", np.tile(greys, (1, *SIZE, 3)), 24)
+    scene = Scene("a", given=str(tmp_path / "clip.mp4"), start=2.5)
+    check_given(scene, 9, 8, SIZE)
+    assert not caplog.text
+    levels = (read_given(scene, 9, 8, SIZE).mean((1, 2, 3)) + 1) * 127.5
+    np.testing.assert_allclose(levels, np.arange(60, 85, 3) * 2, atol=1.5)
+    with pytest.raises(UserError, match=r"9 frames at 8 a second from second 3.5 on need 109 of its 24 a second"):
+        check_given(Scene("a", given=scene.given, start=3.5), 9, 8, SIZE)

@@ -97,13 +97,14 @@ def test_what_a_change_makes_again():
     assert changed(scenes=edited(5, negative="other")) == []  # nobody reads it without guidance
 
 
-def test_other_pixels_make_another_story(tmp_path):
-    made = []
-    for pixels in (b"one", b"two"):
+@pytest.mark.parametrize(("pixels", "start"), [(b"two", 0), (b"one", 1.5)])
+def test_other_pixels_or_another_part_make_another_story(tmp_path, pixels, start):
+    def made(pixels, start):
         (tmp_path / "clip.mp4").write_bytes(pixels)
-        given = Scene("a", given=str(tmp_path / "clip.mp4"))
-        made.append(fingerprints(make_plan((given, *SCENES)), {}, {}))
-    assert all(a != b for a, b in zip(*made, strict=True))
+        given = Scene("a", given=str(tmp_path / "clip.mp4"), start=start)
+        return fingerprints(make_plan((given, *SCENES)), {}, {})
+
+    assert all(a != b for a, b in zip(made(b"one", 0), made(pixels, start), strict=True))
 
 
 def test_a_generated_scene_depends_on_the_vae_only_through_given_ones(tmp_path):
