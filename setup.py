@@ -44,6 +44,7 @@ setup(
         "test": [
             "beartype>=0.21",
             "diffusers>=0.36",
+            "etils[epath-gcs]>=1.12",  # runs in a bucket, against a server of the tests' own
             "import-linter>=2.3",
             "ipykernel>=6",  # with matplotlib, nbclient and nbformat: the notebook is executed
             "jax[tpu]; platform_machine == 'x86_64' and sys_platform == 'linux'",  # its compiler works without a TPU

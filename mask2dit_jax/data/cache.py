@@ -24,6 +24,7 @@ from mask2dit_jax.data.sampling import FrameChoices, PretrainSampling, SftSampli
 from mask2dit_jax.data.scene_store import UnreadableScene
 from mask2dit_jax.data.sources import Clip, printable
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.paths import is_remote
 
 FORMAT = 1  # raise it when the meaning of a stored number changes
 
@@ -91,7 +92,7 @@ class LatentCache:
         Raises:
             UserError: the folder cannot be written.
         """
-        if "://" in str(root):
+        if is_remote(root):
             raise UserError(f"data.cache={root} is no folder on a disk; for a bucket, use build_data --encode")
         folder = Path(root) / settings.fingerprint()
         with atomic_output(folder / "cache.json") as partial:

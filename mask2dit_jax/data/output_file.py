@@ -10,6 +10,7 @@ from pathlib import Path
 from etils import epath
 
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.paths import is_remote
 
 
 @contextlib.contextmanager
@@ -21,7 +22,7 @@ def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         UserError: `path` cannot be written.
     """
-    write = _uploaded if "://" in os.fspath(path) else _moved
+    write = _uploaded if is_remote(path) else _moved
     try:
         with write(epath.Path(path)) as partial:
             yield partial

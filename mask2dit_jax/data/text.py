@@ -14,6 +14,7 @@ from jaxtyping import Int32
 from transformers import T5Tokenizer
 
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.paths import is_remote
 
 MAX_TOKENS = 226  # a scene's text tokens in every released CogVideoX
 
@@ -24,7 +25,7 @@ def load_tokenizer(folder: str | os.PathLike) -> T5Tokenizer:
 
     CogVideoX repositories hold `spiece.model` (and no `tokenizer.json`, which is read where there is one).
     """
-    if "://" not in os.fspath(folder):
+    if not is_remote(folder):
         return _load_tokenizer(Path(folder))
     with tempfile.TemporaryDirectory() as local:  # transformers opens files of a disk alone
         for file in epath.Path(folder).iterdir():

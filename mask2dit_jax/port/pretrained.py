@@ -27,6 +27,7 @@ from mask2dit_jax.memoryless import memoryless
 from mask2dit_jax.models import codec
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
+from mask2dit_jax.paths import absolute
 from mask2dit_jax.port import dit, t5, vae
 from mask2dit_jax.port.table import Rule, flatten
 from mask2dit_jax.port.weights import load_state, open_weights, read_json, save_weights, write_json
@@ -111,7 +112,7 @@ def load_params(directory: epath.PathLike, name: str, config, *, dtype=None, sha
 def _restore(folder: epath.Path, state, dtype, shardings) -> nnx.State:
     """By the handler: Orbax's checkpointers wait for all processes, of which not all read."""
     handler = ocp.StandardCheckpointHandler()
-    stored = jax.tree.leaves(handler.metadata(folder.absolute()))
+    stored = jax.tree.leaves(handler.metadata(absolute(folder)))
     leaves, tree = jax.tree.flatten(state)
     dtypes = [dtype[path] for path in flatten(state)] if isinstance(dtype, Mapping) else [dtype] * len(leaves)
     here = SingleDeviceSharding(jax.local_devices()[0])  # said, as Orbax would look for the devices of the writer
@@ -120,7 +121,7 @@ def _restore(folder: epath.Path, state, dtype, shardings) -> nnx.State:
         jax.ShapeDtypeStruct(leaf.shape, wanted or entry.dtype, sharding=place)
         for leaf, entry, wanted, place in zip(leaves, stored, dtypes, places, strict=True)
     ]
-    return handler.restore(folder.absolute(), args=ocp.args.StandardRestore(tree.unflatten(targets)))
+    return handler.restore(absolute(folder), args=ocp.args.StandardRestore(tree.unflatten(targets)))
 
 
 def load_module(directory: epath.PathLike, name: str, *, dtype, param_dtype=None, shardings=None) -> nnx.Module:
@@ -147,7 +148,7 @@ def save_params(directory: epath.PathLike, name: str, config, params: nnx.State,
     folder = epath.Path(directory) / name
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / PARAMS).absolute(), params, force=True)
+        checkpointer.save(absolute(folder / PARAMS), params, force=True)
     (folder / ORIGIN).write_text(ported_from)
     write_json(folder / "config.json", config.to_json())
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mask2dit_jax.data.output_file import atomic_output
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.paths import is_remote
 from mask2dit_jax.port.table import Rule, export, flatten, plan, unflatten
 
 NAMES = ("diffusion_pytorch_model", "model")  # of transformer and vae; of text_encoder
@@ -91,7 +92,7 @@ def open_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
 
 
 def _local(folder) -> Path:
-    if "://" in os.fspath(folder):
+    if is_remote(folder):
         raise UserError(
             f"weights folder {folder} is remote, but weight files are memory-mapped; copy it to a local disk"
         )

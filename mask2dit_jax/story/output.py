@@ -20,6 +20,7 @@ from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.data.video_join import join_videos
 from mask2dit_jax.data.video_writer import write_video
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.paths import is_remote
 from mask2dit_jax.story.page import PageScene, story_page
 from mask2dit_jax.story.plan import StoryPlan, in_words
 from mask2dit_jax.story.scenes import SceneStore, Shown
@@ -73,7 +74,7 @@ class StoryFolder:
         missing = [number for number in range(len(self.plan.frames)) if number not in self.scenes]
         frame = self.size[0] * self.size[1] * 3
         needed = len(missing) * 2 * _FRAMES_KEPT * frame  # kept frames, and about as much for the videos
-        if missing and "://" not in str(self.folder) and shutil.disk_usage(self.folder).free < needed:
+        if missing and not is_remote(self.folder) and shutil.disk_usage(self.folder).free < needed:
             raise UserError(
                 f"{self.folder}: the disk has {shutil.disk_usage(self.folder).free / 2**20:.0f} MiB free, the story "
                 f"needs about {needed / 2**20:.0f} MiB; make room, or choose another output"

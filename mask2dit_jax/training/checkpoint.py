@@ -23,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel.sharding import name_of
+from mask2dit_jax.paths import absolute
 from mask2dit_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -67,7 +68,7 @@ def open_manager(workdir: epath.PathLike, *, keep: int, keep_every: int = 0, asy
         enable_async_checkpointing=asynchronous,
     )
     _ignore_late_answers()
-    return Manager(folder.absolute(), options=options)
+    return Manager(absolute(folder), options=options)
 
 
 @functools.cache
@@ -171,12 +172,12 @@ def read_record(checkpoint: epath.Path) -> dict[str, Any]:
 
 
 def metadata(item: epath.Path):
-    return ocp.StandardCheckpointHandler().metadata(item.absolute())  # Orbax refuses any other
+    return ocp.StandardCheckpointHandler().metadata(absolute(item))  # Orbax refuses any other
 
 
 def read_item(item: epath.Path, abstract):
     """Without Orbax's barriers: not every process reads, and one that finds damage must leave no other waiting."""
-    return ocp.StandardCheckpointHandler().restore(item.absolute(), args=ocp.args.StandardRestore(abstract))
+    return ocp.StandardCheckpointHandler().restore(absolute(item), args=ocp.args.StandardRestore(abstract))
 
 
 def load_params(checkpoint: epath.Path, abstract: nnx.State, item: str = "params") -> nnx.State:

@@ -31,9 +31,14 @@ class StepTrace:
             self.close()
 
     def close(self) -> None:
-        """Writes what was traced so far, if a trace is under way."""
-        if self._is_on:
-            jax.block_until_ready(jax.live_arrays())
+        """Writes what was traced so far, if a trace is under way. If it cannot be written, the run goes on."""
+        if not self._is_on:
+            return
+        self._is_on = False
+        jax.block_until_ready(jax.live_arrays())
+        try:
             jax.profiler.stop_trace()
-            self._is_on = False
+        except RuntimeError as error:  # of a disk or of a bucket
+            logging.warning("the profile cannot be written to %s: %s", self._folder, str(error).splitlines()[0])
+        else:
             logging.info("profile: in %s", self._folder)

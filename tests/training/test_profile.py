@@ -22,3 +22,11 @@ def test_a_run_that_is_stopped_before_the_trace_writes_none(tmp_path):
         pass
     trace.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+    (tmp_path / "profile").write_text("a file where the folder should be")
+    trace = StepTrace((1, 1), tmp_path / "profile", num_steps=1)
+    with trace(1):
+        jnp.ones(8).sum()
+    assert "the profile cannot be written" in caplog.text
