@@ -30,6 +30,12 @@ need() {
   ((${#missing[@]} == 0)) || die "not set: ${missing[*]}; fill in $ENV_FILE (launch/env.example shows how)"
 }
 
+# A name that is mistyped costs no slice.
+check_stage() {
+  [[ $1 =~ ^[a-z_]+$ && -f $LAUNCH/../mask2dit_jax/$1.py ]] ||
+    die "there is no stage $1; one is a file mask2dit_jax/STAGE.py, like train or self_check"
+}
+
 load_settings() {
   # shellcheck source=env.example
   if [[ -f $ENV_FILE ]]; then source "$ENV_FILE"; fi

@@ -4,8 +4,7 @@ source "$(dirname "$0")/common.sh"
 
 (($# > 0)) || usage "launch/run.sh STAGE [--flag=value ...], e.g. launch/run.sh train --config=configs/sft.py:5b"
 stage=$1
-[[ $stage =~ ^[a-z_]+$ && -f $LAUNCH/../mask2dit_jax/$stage.py ]] ||
-  die "there is no stage $stage; one is a file mask2dit_jax/STAGE.py, like train or self_check"
+check_stage "$stage"
 load_settings
 
 job=$(date -u +%Y%m%d-%H%M%S)-$stage # the newest one sorts last

@@ -6,6 +6,7 @@ source "$(dirname "$0")/common.sh"
 source "$LAUNCH/slice.sh"
 
 (($# > 0)) || usage "launch/watch.sh STAGE [--flag=value ...]"
+check_stage "$1"
 load_settings
 need ACCELERATOR RUNTIME_VERSION
 

@@ -1,8 +1,11 @@
 """Errors a user can act on: one line that names the thing and the remedy, no traceback."""
 
 import io
+import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from logging import ERROR
@@ -12,9 +15,31 @@ from typing import NoReturn
 from absl import app, flags, logging
 from tqdm import tqdm
 
+_LAST_WORDS = 3.0  # seconds for the processes that fail as well to say why
+
+_leave: Callable[[int], NoReturn] = sys.exit
+
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong, with which thing, and what to do about it."""
+
+
+def leave_at_once(is_first: Callable[[], bool]) -> None:
+    """From now on a failure ends this process where it stands.
+
+    It is one of several: on its way out JAX would wait for the others, which wait for this one in a collective. The
+    first of them keeps their accounts; when it ends, JAX aborts the others with pages of C++.
+    """
+
+    def leave(code: int) -> NoReturn:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_first():
+            time.sleep(_LAST_WORDS)
+        os._exit(code)
+
+    global _leave
+    _leave = leave
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
@@ -40,6 +65,11 @@ def _reporting(main):
             if "gcsfs" not in str(error):
                 raise
             message = 'a path in gs:// needs a package that is not installed; pip install -e ".[gcs]"'
+        except Exception:
+            if _leave is sys.exit:
+                raise
+            traceback.print_exc()
+            _leave(1)
         # Out here the error and the frames it held are gone, so that an open progress bar has ended its line.
         _die(message)
 
@@ -114,4 +144,4 @@ def _one_line(error) -> str:
 
 def _die(message) -> NoReturn:
     print(f"error: {_one_line(message)}", file=sys.stderr)
-    sys.exit(1)
+    _leave(1)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from flax import nnx
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig
 from mask2dit_jax.encoders import VideoCodec
+from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.sampling.generate import make_denoise_step
 from mask2dit_jax.training.event_file import EventFile
@@ -36,8 +38,15 @@ class Preview:
             return
         latents = np.asarray(latents)
         parts = self._program.objective.layout.frame_slices
+        scenes = [StoryboardScene("", self._codec.decode(latents[part])) for part in parts]
+        try:
+            self._write(step, scenes)
+        except (UserError, OSError) as error:  # of a disk or of a bucket; no picture is worth the run it is about
+            logging.warning("the storyboard of step %d is left out: %s", step, error)
+
+    def _write(self, step: int, scenes: list[StoryboardScene]) -> None:
         path = self._folder / f"step_{step:06d}.png"
-        write_storyboard(path, [StoryboardScene("", self._codec.decode(latents[part])) for part in parts])
+        write_storyboard(path, scenes)
         with path.open("rb") as file:
             self._events.add_image("storyboard", np.asarray(Image.open(file).convert("RGB")), step)
 

@@ -38,13 +38,13 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. conf
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints and TensorBoard logs.")
 flags.mark_flags_as_required(["config", "workdir"])
 
-_STEPS_AHEAD = 2  # of the devices: enough that they never wait, few enough that SIGTERM need not wait for long
+_STEPS_AHEAD = 1  # of the devices: enough that they never wait, few enough that SIGTERM need not wait for long
 
 
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
-    distributed.initialize()
+    distributed.initialize(sigterm_is_asked_for=True)
     caches.keep_compiled_programs()
     config, workdir = _CONFIG.value, _WORKDIR.value
     setup_run.check_values(config, "train", "num_steps")

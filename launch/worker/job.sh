@@ -10,7 +10,9 @@ UPLOAD_EVERY=${UPLOAD_EVERY:-60}
 # three times a minute outlasts that.
 RESTART_DELAY=${RESTART_DELAY:-60}
 STOP_WAIT=${STOP_WAIT:-600} # seconds for the step in flight to end, and for the checkpoint to reach the bucket
-GOOD_WHILE=600 # an attempt that lasted ten minutes shows that the job can run: restarts are counted anew
+# An attempt that lasted ten minutes shows that the job can run: restarts are counted anew, unless it ended as the one
+# before did, in the same words.
+GOOD_WHILE=${GOOD_WHILE:-600}
 
 # GKE says it in a variable, a TPU VM in its metadata.
 worker_number() {
@@ -38,13 +40,15 @@ start() {
 }
 
 loop() {
-  local folder=$JOBS/$1 stage=$2 left=${RESTARTS:-3} code began uploader
+  local folder=$JOBS/$1 stage=$2 left=${RESTARTS:-3} code began uploader printed why before=""
   keep_uploading "$folder" &
   uploader=$!
   while :; do
-    began=$SECONDS code=0
+    began=$SECONDS code=0 printed=$(wc -c <"$folder/log")
     attempt "${@:2}" || code=$?
-    if ((code && SECONDS - began >= GOOD_WHILE)); then left=${RESTARTS:-3}; fi
+    why=$(tail -c "+$((printed + 1))" "$folder/log" | grep '^error: ' | tail -n 1) || :
+    if ((code && SECONDS - began >= GOOD_WHILE)) && [[ -z $why || $why != "$before" ]]; then left=${RESTARTS:-3}; fi
+    before=$why
     if ((code == 0 || left-- <= 0)); then break; fi
     echo "$stage ended with $code: starting it again, ${left} more after this"
     sleep "$RESTART_DELAY"

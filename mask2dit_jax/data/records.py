@@ -14,8 +14,10 @@ Records are not compressed (latents do not shrink, and training would unpack the
 disk or a transfer has changed is noticed. DIR may be gs://.
 """
 
+import bisect
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -156,9 +158,16 @@ class SceneRecords:
             record = self._source[number]
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             reason = " ".join(str(error).split())
-            message = f"{self.folder}: record {number} (variant {variant}) cannot be read ({reason}); encode it anew"
+            message = (
+                f"{self.folder}: record {number} (variant {variant}) cannot be read ({reason}); delete "
+                f"{self._shard_of(number)} and start its build_data --encode again"
+            )
             raise UnreadableScene(clip.name, message) from error
         return {name: record[name] for name in ("mean", "logvar", "text")}
+
+    def _shard_of(self, record: int) -> str:
+        ends = list(itertools.accumulate(shard.num_records for shard in self.index.shards))
+        return self.index.shards[bisect.bisect_right(ends, record)].file
 
 
 def is_data_set(path: epath.PathLike) -> bool:

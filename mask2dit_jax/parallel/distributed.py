@@ -16,17 +16,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mask2dit_jax.errors import UserError
+from mask2dit_jax.errors import UserError, leave_at_once
 
 # For processes that nothing announces to each other: on one machine, or on several without TPUs.
 VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
-def initialize(timeout_s: int = 300) -> None:
+def initialize(timeout_s: int = 300, *, sigterm_is_asked_for: bool = False) -> None:
     """Joins the other processes of this run, if there are any; a second call does nothing.
 
     Args:
         timeout_s: how long to wait for the others.
+        sigterm_is_asked_for: SIGTERM ends nothing; whoever says so looks for it (training/stopping.py).
     """
     if jax.distributed.is_initialized():
         return
@@ -38,6 +39,7 @@ def initialize(timeout_s: int = 300) -> None:
         arguments = {}  # JAX reads addresses and numbers from the metadata of the VM, or from the variables of GKE
     else:
         return
+    jax.config.update("jax_enable_preemption_service", sigterm_is_asked_for)
     where = told["COORDINATOR_ADDRESS"] or "what the TPU's metadata says"
     alone = f"not all processes have met through {where} within {timeout_s} s; start all of them"
     try:
@@ -46,6 +48,7 @@ def initialize(timeout_s: int = 300) -> None:
             jax.distributed.initialize(**arguments, initialization_timeout=timeout_s + 60)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"this process cannot join the others through {where}: {_first_line(error)}") from error
+    leave_at_once(is_first=lambda: jax.process_index() == 0)
 
 
 def gather_json(mine: Any) -> list[Any]:

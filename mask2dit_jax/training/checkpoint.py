@@ -9,14 +9,17 @@ nothing can be renamed, the last file says that all of it is there. How a run go
 """
 
 import contextlib
+import errno
 import functools
 import json
-import logging
+import logging as std_logging
+import re
 import sys
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -39,8 +42,15 @@ class Manager(ocp.CheckpointManager):
         return False
 
     def close(self):
-        with writing(self):
-            super().close()
+        """If an error is on its way out already, that is the one to be told."""
+        under_way = sys.exception()
+        try:
+            with writing(self):
+                super().close()
+        except UserError as error:
+            if under_way is None:
+                raise
+            logging.warning("%s", error)
 
 
 def open_manager(workdir: epath.PathLike, *, keep: int, keep_every: int = 0, asynchronous: bool = True) -> Manager:
@@ -82,7 +92,8 @@ def _ignore_late_answers() -> None:
             hook(unraisable)
 
     sys.unraisablehook = report
-    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    late = "exception was never retrieved"
+    std_logging.getLogger("asyncio").addFilter(lambda record: late not in record.getMessage())
 
 
 def save(manager: Manager, state: TrainState, record: dict[str, Any]) -> None:
@@ -122,10 +133,18 @@ def writing(manager: Manager):
         steps = _steps(manager.directory)
         good = f"step {max(steps)} is the newest one that was" if steps else "none was yet"
         reason = reason_of(error, manager.directory)
+        remedy = "make room there, then start" if _is_full(error) else "start"
         raise UserError(
-            f"a checkpoint could not be written to {manager.directory} ({reason}); {good}: make room there, then start "
-            "again to go on"
+            f"a checkpoint could not be written to {manager.directory} ({reason}); {good}: {remedy} again to go on"
         ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """What Python, tensorstore and TensorFlow's file systems say of a disk without room, or a quota that is used up."""
+    words = ("no space left", "resource_exhausted", "quota", "file too large")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        word in str(error).lower() for word in words
+    )
 
 
 def save_params(workdir: epath.PathLike, params: nnx.State, record: dict[str, Any]) -> None:
@@ -216,10 +235,27 @@ def _damage_named(checkpoint: epath.Path):
     try:
         yield
     except DAMAGE as error:
+        if is_out_of_reach(error):
+            raise no_answer(checkpoint, reason_of(error, checkpoint)) from error
         raise UserError(
             f"checkpoint {checkpoint} is damaged ({reason_of(error, checkpoint)}); delete its folder to go on from the "
             "one before, or use another one"
         ) from error
+
+
+def is_out_of_reach(error: Exception) -> bool:
+    """Whether the storage does not answer, or not to us, as opposed to files that are missing or cut."""
+    error = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return bool(re.search("UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED", str(error)))
+
+
+def no_answer(folder: epath.Path, reason: str) -> UserError:
+    return UserError(
+        f"checkpoint {folder} cannot be read now ({reason}): that is no damage, and nothing was changed; start again "
+        "when the storage answers and this account may read"
+    )
 
 
 def reason_of(error: Exception, folder: epath.PathLike = "") -> str:

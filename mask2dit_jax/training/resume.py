@@ -1,8 +1,13 @@
 """Going on from a checkpoint: the newest one that is whole, on whatever mesh and number of processes there are now.
 
 What is damaged is set aside as `damaged-STEP` and named in the log, and the run goes on from the checkpoint before. All
-processes go on from the same one.
+processes go on from the same one. Storage that does not answer is no damage: it is asked again, and then the run ends.
 """
+
+import functools
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -13,8 +18,22 @@ from jax.experimental import multihost_utils
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel.sharding import name_of
-from mask2dit_jax.training.checkpoint import DAMAGE, TRAIN, Manager, metadata, read_item, read_record, reason_of
+from mask2dit_jax.training.checkpoint import (
+    DAMAGE,
+    TRAIN,
+    Manager,
+    is_out_of_reach,
+    metadata,
+    no_answer,
+    read_item,
+    read_record,
+    reason_of,
+)
 from mask2dit_jax.training.step import TrainState
+
+_T = TypeVar("_T")
+_PAUSES = (10.0, 30.0)  # seconds, before storage that does not answer is asked again
+_FINE, _DAMAGED, _OUT_OF_REACH = range(3)
 
 
 def set_aside_unreadable(manager: Manager) -> int | None:
@@ -50,19 +69,24 @@ def restore(manager: Manager, abstract: TrainState) -> TrainState:
     An average that is wanted but was not saved begins as a copy of the parameters.
 
     Raises:
-        UserError: it is the state of another model or of other trained parameters, or no checkpoint can be read.
+        UserError: it is the state of another model or of other trained parameters, no checkpoint can be read, or the
+            storage does not answer.
     """
     while (step := manager.latest_step()) is not None:
-        folder, state, reason = manager.directory / str(step), None, ""
+        folder, state, verdict, reason = manager.directory / str(step), None, _FINE, "so says another process"
         try:
-            state = _read_state(folder, abstract)
+            state = _patiently(functools.partial(_read_state, folder, abstract))
         except DAMAGE as error:
             reason = reason_of(error, folder)
+            verdict = _OUT_OF_REACH if is_out_of_reach(error) else _DAMAGED
         # All processes must go on from the same one, and not each reads the same files.
-        if not np.any(multihost_utils.process_allgather(np.array(bool(reason)))):
+        worst = np.max(multihost_utils.process_allgather(np.array(verdict)))
+        if worst == _FINE:
             return state
+        if worst == _OUT_OF_REACH:
+            raise no_answer(folder, reason)
         if jax.process_index() == 0:
-            _set_aside(folder, reason or "another process cannot read its part")
+            _set_aside(folder, reason)
         _reload(manager)
     raise _none_left(manager)
 
@@ -115,19 +139,37 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
 
 def _damage(folder: epath.Path) -> str | None:
     """What shows without reading the arrays: a reason, or None."""
-    try:  # ported weights are parameters alone, and their record has no run's config
+
+    def look():  # ported weights are parameters alone, and their record has no run's config
         items = ("params", "train") if "config" in read_record(folder) else ("params",)
         for item in items:
             metadata(folder / item)
+
+    try:
+        _patiently(look)
     except (UserError, *DAMAGE) as error:
+        if is_out_of_reach(error):
+            raise no_answer(folder, reason_of(error, folder)) from error
         return reason_of(error, folder)
     return None
 
 
+def _patiently(read: Callable[[], _T]) -> _T:
+    """What `read` returns; tried again after a pause where the storage does not answer."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except (UserError, *DAMAGE) as error:
+            if not is_out_of_reach(error):
+                raise
+            logging.warning("no answer from the storage (%s): asking again in %g s", reason_of(error), pause)
+        time.sleep(pause)
+    return read()
+
+
 def _set_aside(folder: epath.Path, reason: str) -> None:
-    aside = folder.parent / f"damaged-{folder.name}"
-    if aside.exists():
-        aside.rmtree()
+    taken = len(list(folder.parent.glob(f"damaged-{folder.name}*")))
+    aside = folder.parent / f"damaged-{folder.name}{f'-{taken + 1}' if taken else ''}"
     folder.rename(aside)
     logging.warning(
         "checkpoint %s is damaged (%s): it is set aside as %s, and the one before is used", folder, reason, aside.name
@@ -142,5 +184,5 @@ def _reload(manager: Manager) -> None:
 def _none_left(manager: Manager) -> UserError:
     return UserError(
         f"no checkpoint in {manager.directory} can be read, and all are set aside as damaged-STEP; delete these to "
-        "begin this run anew, or start another workdir"
+        "begin this run anew, name one STEP again if its files are in order, or start another workdir"
     )

@@ -276,7 +276,7 @@ def test_a_flipped_bit_costs_its_record(copied):
     whole[place] ^= 1
     path.write_bytes(whole)
     store = SceneRecords(copied)
-    told = r"record 2 \(variant 0\) cannot be read \(Corrupted.*; encode it anew"
+    told = r"record 2 \(variant 0\) cannot be read \(Corrupted.*; delete " + shard(1) + " and start its build_data"
     with pytest.raises(UnreadableScene, match=told) as error:
         store.read(store.clips[1], 0)
     assert error.value.name == "1.mp4"

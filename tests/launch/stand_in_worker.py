@@ -1,7 +1,7 @@
 """Stands in, on a worker, for uv (`uv venv` makes a Python) and for that Python, which runs a stage of the package.
 
 $STAND_IN/STAGE holds how each attempt of a stage goes, a word each, the last one for ever: ok, fail, hang,
-deaf (hangs, and SIGTERM does not end it) or preempt.
+refuse (fails after a second, with a reason), deaf (hangs, and SIGTERM does not end it) or preempt.
 """
 
 import fcntl
@@ -41,7 +41,10 @@ def stage(arguments):
         fcntl.flock(lock, fcntl.LOCK_EX)
     if word in ("hang", "deaf", "preempt"):
         time.sleep(60)
-    sys.exit(3 if word == "fail" else 0)
+    if word == "refuse":
+        time.sleep(1.2)
+        print("error: as before", flush=True)
+    sys.exit(3 if word in ("fail", "refuse") else 0)
 
 
 def wait_for_partner(name, attempt):

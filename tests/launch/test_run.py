@@ -99,6 +99,13 @@ def test_restarts_come_to_an_end_and_the_code_is_kept(ready):
     assert exit_codes(ready) == ["3", "3"]
 
 
+def test_a_long_attempt_that_ends_as_the_one_before_is_not_counted_anew(ready):
+    ready.will(train="refuse")
+    ready.succeed("run.sh", "train", RESTARTS="1", CHECK="0", GOOD_WHILE="1", PASS_ENV="GOOD_WHILE RESTART_DELAY")
+    wait_for(has_ended(ready))
+    assert ready.stages(0) == ["train"] * 2
+
+
 def test_no_stage_after_a_self_check_that_fails(ready):
     ready.will(self_check="fail")
     ready.succeed("run.sh", "train", RESTARTS="0")

@@ -51,6 +51,13 @@ def test_a_job_that_fails_ends_the_watch_and_keeps_the_slice(cloud):
     assert cloud.stages(0).count("train") == 2
 
 
+def test_a_mistyped_stage_costs_no_slice(cloud):
+    assert cloud.fail("watch.sh", "trian") == (
+        "error: there is no stage trian; one is a file mask2dit_jax/STAGE.py, like train or self_check"
+    )
+    assert cloud.commands == []
+
+
 def test_first_request_refused(cloud):
     cloud.will(refuse="queued-resources create")
     assert cloud.fail(*RUN) == "error: slice pod was refused; gcloud says why"

@@ -76,8 +76,11 @@ def lines_of(page: str) -> list[str]:
     return "\n".join(blocks).replace("\\\n", " ").splitlines()
 
 
-def in_readme() -> list[str]:
-    return [line for line in lines_of("README.md") if line.startswith("python -m mask2dit_jax.")]
+def in_pages(*pages: str) -> list[str]:
+    return [line for page in pages for line in lines_of(page) if line.startswith("python -m mask2dit_jax.")]
+
+
+PAGES = ("README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))))
 
 
 def for_workers() -> list[str]:
@@ -98,7 +101,7 @@ def in_makefile() -> list[str]:
     return [line.partition("bin/")[2] for line in lines if "-m mask2dit_jax." in line]
 
 
-@pytest.mark.parametrize("command", [*in_readme(), *for_workers(), *in_makefile()])
+@pytest.mark.parametrize("command", [*in_pages(*PAGES), *for_workers(), *in_makefile()])
 def test_commands(command):
     """The program, its flags, the config and the fields set in it are all there."""
     _, _, module, *flags = shlex.split(command, comments=True)
@@ -125,6 +128,15 @@ def test_training_on_a_slice_is_given_all_it_needs():
         assert "--workdir=gs://" in command
 
 
+def test_what_is_not_tiny_is_given_weights():
+    """No preset of the full size has weights of its own, and `train` no data."""
+    commands = [line for line in in_pages(*PAGES) if re.search(r"mask2dit_jax\.(train|sample) .*:(2b|5b)", line)]
+    assert len(commands) >= 5
+    for command in commands:
+        assert "--config.pretrained=" in command, command
+        assert "mask2dit_jax.train " not in command or "--config.data.path=" in command, command
+
+
 def stories() -> list[str]:
     readme = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     return [*readme, *(path.read_text() for path in sorted((ROOT / "examples").glob("*.yaml")))]
@@ -142,7 +154,7 @@ def test_stories(text, tmp_path):
 
 
 def test_the_readme_shows_the_programs():
-    modules = {shlex.split(command)[2] for command in in_readme()}
+    modules = {shlex.split(command)[2] for command in in_pages("README.md")}
     mains = ("build_data", "train", "train_compile", "sample", "report", "port_weights", "desk_evidence")
     assert modules == {f"mask2dit_jax.{main}" for main in mains}
 

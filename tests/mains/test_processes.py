@@ -2,6 +2,7 @@
 
 import dataclasses
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -13,8 +14,9 @@ from tests.mains.test_train import read
 pytestmark = pytest.mark.slow
 
 
-def train_together(commands, count: int, folder, flags, main="train") -> list:
-    """Runs `main` in `count` processes at once; their output goes into folders of their own."""
+def train_together(commands, count: int, folder, flags, main="train", last=()) -> list:
+    """Runs `main` in `count` processes at once; their output goes into folders of their own. The last of them is given
+    the flags `last` as well."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -22,7 +24,8 @@ def train_together(commands, count: int, folder, flags, main="train") -> list:
     def run(number: int):
         told = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(count), "PROCESS_ID": str(number)}
         (folder / str(number)).mkdir(parents=True)
-        return dataclasses.replace(commands, shared=folder / str(number))(main, *flags, **told)
+        given = (*flags, *last) if number == count - 1 else flags
+        return dataclasses.replace(commands, shared=folder / str(number))(main, *given, **told)
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
@@ -39,3 +42,14 @@ def test_training(commands, dataset, pretrain_workdir, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours["params"], alone["params"])
     assert len(list(workdir.glob("events*"))) == 1
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == len(dataset.clips)
+
+
+def test_one_that_fails_alone_ends_at_once_and_says_why(commands, dataset, tmp_path):
+    """On its way out JAX would wait five minutes for the other, which waits for it."""
+    flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, mesh__fsdp=2)
+    start = time.monotonic()
+    other, failed = train_together(commands, 2, tmp_path / "processes", flags, last=["--config.data.path=nowhere.csv"])
+    assert failed.code == 1
+    assert failed.stderr.splitlines()[-1].startswith("error: nowhere.csv")
+    assert other.code != 0
+    assert time.monotonic() - start < 150

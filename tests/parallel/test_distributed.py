@@ -7,6 +7,7 @@ import sys
 import jax
 import pytest
 
+from mask2dit_jax import errors
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel import distributed
 
@@ -18,9 +19,12 @@ def initialized(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
-    collectives = jax.config.jax_cpu_collectives_implementation
+    monkeypatch.setattr(errors, "_leave", sys.exit)  # put back afterwards: this process is not one of several
+    names = ("jax_cpu_collectives_implementation", "jax_enable_preemption_service")
+    before = {name: getattr(jax.config, name) for name in names}
     yield calls
-    jax.config.update("jax_cpu_collectives_implementation", collectives)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture
@@ -54,6 +58,14 @@ def test_variables(initialized, monkeypatch):
         }
     ]
     assert jax.config.jax_cpu_collectives_implementation == "gloo"
+
+
+@pytest.mark.parametrize("is_asked_for", [False, True])
+@pytest.mark.usefixtures("initialized")
+def test_sigterm_ends_who_does_not_look_for_it(monkeypatch, is_asked_for):
+    tell(monkeypatch)
+    distributed.initialize(sigterm_is_asked_for=is_asked_for)
+    assert jax.config.jax_enable_preemption_service == is_asked_for
 
 
 @pytest.mark.parametrize("hosts", ["", "10.0.0.1,10.0.0.2"])

@@ -167,6 +167,53 @@ def test_damage_is_named_and_the_one_before_used(damage, tmp_path, caplog):
         assert_same(resume.restore(manager, abstract(make_state())), make_state(2))
 
 
+def test_a_storage_that_does_not_answer_is_asked_again(workdir, monkeypatch, caplog):
+    answers = iter([TimeoutError("no answer"), ValueError("UNAVAILABLE: 503")])
+    read = resume.read_item
+
+    def read_item(*args):
+        for error in answers:
+            raise error
+        return read(*args)
+
+    monkeypatch.setattr(resume, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(resume, "read_item", read_item)
+    with checkpoint.open_manager(workdir, keep=2) as manager:
+        assert_same(resume.restore(manager, abstract(make_state())), make_state(3))
+    assert caplog.text.count("no answer from the storage") == 2
+    assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("error", [TimeoutError("no answer"), PermissionError(13, "Permission denied")])
+def test_a_storage_that_never_answers_changes_nothing(workdir, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    before = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    monkeypatch.setattr(resume, "_PAUSES", (0.0,))
+    for name in ("read_item", "metadata"):
+        with monkeypatch.context() as patch, checkpoint.open_manager(workdir, keep=2) as manager:
+            patch.setattr(resume, name, fail)
+            with pytest.raises(UserError, match=r"checkpoints/3 cannot be read now .* that is no damage"):
+                resume.restore(manager, abstract(make_state()))
+            if name == "metadata":
+                with pytest.raises(UserError, match="cannot be read now"):
+                    resume.set_aside_unreadable(manager)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == before
+
+
+def test_a_step_that_is_damaged_twice_is_kept_twice(tmp_path):
+    for _ in range(2):
+        with checkpoint.open_manager(tmp_path, keep=2) as manager:
+            if not manager.all_steps():
+                checkpoint.save(manager, make_state(1), RECORD)
+            checkpoint.save(manager, make_state(2), RECORD)
+        cut_metadata(checkpoint.find(tmp_path) / "params")
+        with checkpoint.open_manager(tmp_path, keep=2) as manager:
+            assert resume.set_aside_unreadable(manager) == 1
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "damaged-2", "damaged-2-2"}
+
+
 def test_every_nth_is_kept_as_well(tmp_path):
     with checkpoint.open_manager(tmp_path, keep=1, keep_every=2, asynchronous=False) as manager:
         for step in (1, 2, 3, 4, 5):
