@@ -33,6 +33,7 @@ setup(
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",  # its builders and readers of ArrayRecord; TensorFlow is not needed
+        "tensorstore>=0.1.86",  # of Orbax, which writes arrays with it; the self check tries it out
         "tqdm>=4.66",
         "transformers>=5.0",
     ],

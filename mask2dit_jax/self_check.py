@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tensorstore
 from absl import flags
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -29,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import AXES
+from mask2dit_jax.paths import is_remote
 
 _BUCKET = flags.DEFINE_string("bucket", None, "Where the job will write: gs://BUCKET/FOLDER, or a local folder.")
 _MESH = flags.DEFINE_string("mesh", "", "Sizes of data x fsdp x context x tensor, e.g. 1x16x4x1; all devices if empty.")
@@ -154,6 +156,19 @@ def write_and_read(folder: epath.Path) -> None:
             raise OSError("what was written is not what is read")
     finally:
         probe.unlink()
+    if is_remote(folder):
+        _write_and_read_as_checkpoints_do(f"{probe}_array/", content)
+
+
+def _write_and_read_as_checkpoints_do(folder: str, content: str) -> None:
+    """Their arrays go into a bucket through a library with credentials of its own."""
+    store = tensorstore.KvStore.open(folder).result()
+    store.write("array", content).result()
+    try:
+        if store.read("array").result().value != content.encode():
+            raise OSError("what a checkpoint's arrays are written with is not what is read")
+    finally:
+        store.delete_range(tensorstore.KvStore.KeyRange()).result()
 
 
 def sum_over_mesh(shape: tuple[int, ...]) -> None:

@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}
         self.uploads: dict[str, bytes] = {}
+        self.refused = ""  # programs with this in their names may not write
         self.lock = threading.RLock()
 
     @property
@@ -72,6 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         path, query = self._asked()
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.refused and self.server.refused in self.headers.get("User-Agent", ""):
+            return self._answer({"error": {"code": 403, "message": "This account may not write"}}, 403)
         copy = re.match(r".*/o/(.+)/(rewriteTo|moveTo)(?:/b/[^/]+)?/o/(.+)$", path)
         if copy:
             self._copy(unquote(copy[1]), unquote(copy[3]), is_move=copy[2] == "moveTo")
@@ -85,6 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._store(*self._parts(body))
         else:
             self._store(query["name"], body)
+        return None
 
     do_PUT = do_POST
 

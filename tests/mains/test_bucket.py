@@ -1,5 +1,7 @@
 """Runs whose workdir, start and output are in a bucket, as on a pod: through gcsfs and tensorstore to a server here."""
 
+import re
+
 import pytest
 
 from tests.gcs_server import serve
@@ -70,3 +72,17 @@ def test_a_story_is_made_from_it_and_written_there(run, bucket, trained):
 def test_weights_are_ported_from_it(run, trained, tmp_path):
     run("port_weights", "--from=gs://bucket/pretrain", f"--to={tmp_path / 'diffusers'}")
     assert list((tmp_path / "diffusers" / "transformer").glob("*.safetensors"))
+
+
+def test_a_worker_checks_both_ways_into_it(run, bucket):
+    flags = ["--bucket=gs://bucket/runs", "--min_memory_gib=0.1", "--min_disk_gib=0.1"]
+    assert "gs://bucket/runs is readable and writable" in run("self_check", *flags).stdout
+    assert not [name for name in bucket.objects if name.startswith("runs/")]
+
+
+def test_a_worker_whose_checkpoints_would_not_get_there(commands, bucket, monkeypatch):
+    monkeypatch.setattr(bucket, "refused", "tensorstore")
+    flags = ["--bucket=gs://bucket/runs", "--min_memory_gib=0.1", "--min_disk_gib=0.1"]
+    finished = commands("self_check", *flags, **bucket.environment)
+    assert finished.code == 1
+    assert re.search("FAILED +bucket .*PERMISSION_DENIED.*This account may not write", finished.stdout)
