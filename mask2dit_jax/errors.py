@@ -61,15 +61,14 @@ def _reporting(main):
             return
         except UserError as error:
             message = str(error)
-        except ImportError as error:
-            if "gcsfs" not in str(error):
+        except Exception as error:
+            if isinstance(error, ImportError) and "gcsfs" in str(error):
+                message = 'a path in gs:// needs a package that is not installed; pip install -e ".[gcs]"'
+            elif _leave is sys.exit:
                 raise
-            message = 'a path in gs:// needs a package that is not installed; pip install -e ".[gcs]"'
-        except Exception:
-            if _leave is sys.exit:
-                raise
-            traceback.print_exc()
-            _leave(1)
+            else:
+                traceback.print_exc()
+                _leave(1)
         # Out here the error and the frames it held are gone, so that an open progress bar has ended its line.
         _die(message)
 
