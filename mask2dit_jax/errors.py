@@ -24,7 +24,13 @@ class UserError(Exception):
     """Bad input. The message is one line: what is wrong, with which thing, and what to do about it."""
 
 
-def leave_at_once(is_first: Callable[[], bool]) -> None:
+def is_no_answer(error: BaseException) -> bool:
+    """Whether a bucket does not answer, or not to this account: what gcsfs has no OSError for."""
+    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return bool(libraries & {"gcsfs", "google", "aiohttp", "requests"})
+
+
+def leave_at_once(*, is_first: bool) -> None:
     """From now on a failure ends this process where it stands.
 
     It is one of several: on its way out JAX would wait for the others, which wait for this one in a collective. The
@@ -32,11 +38,13 @@ def leave_at_once(is_first: Callable[[], bool]) -> None:
     """
 
     def leave(code: int) -> NoReturn:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if is_first():
-            time.sleep(_LAST_WORDS)
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if is_first:
+                time.sleep(_LAST_WORDS)
+        finally:
+            os._exit(code)
 
     global _leave
     _leave = leave
@@ -64,6 +72,8 @@ def _reporting(main):
         except Exception as error:
             if isinstance(error, ImportError) and "gcsfs" in str(error):
                 message = 'a path in gs:// needs a package that is not installed; pip install -e ".[gcs]"'
+            elif is_no_answer(error):
+                message = f"the storage does not answer ({_one_line(error)[:200]}); start again when it does"
             elif _leave is sys.exit:
                 raise
             else:

@@ -13,7 +13,6 @@ from PIL import Image
 from mask2dit_jax.data.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig
 from mask2dit_jax.encoders import VideoCodec
-from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.sampling.generate import make_denoise_step
 from mask2dit_jax.training.event_file import EventFile
@@ -41,7 +40,7 @@ class Preview:
         scenes = [StoryboardScene("", self._codec.decode(latents[part])) for part in parts]
         try:
             self._write(step, scenes)
-        except (UserError, OSError) as error:  # of a disk or of a bucket; no picture is worth the run it is about
+        except Exception as error:  # of a disk or of a bucket; no picture is worth the run it is about
             logging.warning("the storyboard of step %d is left out: %s", step, error)
 
     def _write(self, step: int, scenes: list[StoryboardScene]) -> None:

@@ -32,5 +32,7 @@ def buckets_in(folder: Path, monkeypatch) -> Iterator[None]:
     systems = {"gcs": Bucket(auto_mkdir=True), "file": fsspec.implementations.local.LocalFileSystem()}
     monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: systems[name])
     epath.backend.fsspec_backend._get_filesystem.cache_clear()
-    yield
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    try:
+        yield
+    finally:
+        epath.backend.fsspec_backend._get_filesystem.cache_clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from etils import epath
 
-from mask2dit_jax.errors import UserError
+from mask2dit_jax.errors import UserError, is_no_answer
 from mask2dit_jax.paths import is_remote
 
 
@@ -26,10 +26,11 @@ def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with write(epath.Path(path)) as partial:
             yield partial
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose an output that can be written"
-        ) from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_no_answer(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; choose an output that can be written") from error
 
 
 def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:

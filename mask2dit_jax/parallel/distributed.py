@@ -48,7 +48,7 @@ def initialize(timeout_s: int = 300, *, sigterm_is_asked_for: bool = False) -> N
             jax.distributed.initialize(**arguments, initialization_timeout=timeout_s + 60)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"this process cannot join the others through {where}: {_first_line(error)}") from error
-    leave_at_once(is_first=lambda: jax.process_index() == 0)
+    leave_at_once(is_first=arguments.get("process_id", _number_of_pod()) == 0)
 
 
 def gather_json(mine: Any) -> list[Any]:
@@ -83,6 +83,15 @@ def _on_pod() -> bool:
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
     alone = bool(hosts) and "," not in hosts and not os.environ.get("MEGASCALE_COORDINATOR_ADDRESS")
     return "tpu" in (jax.config.jax_platforms or "") and not alone
+
+
+def _number_of_pod() -> int | None:
+    """Of this process, from where JAX keeps it: to ask for it would start the devices, which may be what fails."""
+    try:
+        from jax._src.distributed import global_state
+    except ImportError:
+        return None
+    return getattr(global_state, "process_id", None)
 
 
 def _parse(told: dict[str, str]) -> dict[str, str | int]:

@@ -5,10 +5,12 @@ length, with positions that run on over them, and a still shot is something that
 Who wants the one frame says `seconds: 0.1`.
 """
 
+import math
+
 import numpy as np
 from absl import logging
 from jaxtyping import Float32
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from mask2dit_jax.data.transforms import fit_frames, resized_shape
 from mask2dit_jax.data.video import VideoInfo, probe, read_frames
@@ -16,6 +18,11 @@ from mask2dit_jax.errors import UserError
 from mask2dit_jax.story.story import Scene, is_picture
 
 _MUCH = 0.4  # of a picture that is cut away without a warning
+_TURNS = {  # by EXIF's orientation
+    **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
+    **{5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE},
+    8: Image.Transpose.ROTATE_90,
+}
 _LONG = 0.5  # seconds of a clip that are left out without a warning
 _FAST = 0.05  # by how much a clip is too fast or too slow without a warning
 
@@ -65,11 +72,19 @@ def _read_picture(path: str) -> np.ndarray:
     """Upright, on 8 bits, and on white where it is transparent."""
     try:
         with Image.open(path) as image:
-            return np.asarray(_plain(ImageOps.exif_transpose(image)))
+            return np.asarray(_plain(_upright(image)))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; correct the path of the given scene") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's words for damage
         raise UserError(f"{path}: damaged or not a picture; give a png, jpg or webp file") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever is wrong with the EXIF, the pixels are fine
+        return image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -85,7 +100,7 @@ def _warn_of_length(path: str, info: VideoInfo, used: range, fps: int | float) -
     if not used.start and left_out > _LONG:
         logging.warning(
             "%s: the first %.1f s of its %.1f s are the scene; `start: %.1f` in a story file takes the last",
-            *(path, info.duration - left_out, info.duration, left_out),
+            *(path, info.duration - left_out, info.duration, math.floor(10 * left_out) / 10),
         )
     speed = fps * used.step / float(info.fps)
     if abs(speed - 1) > _FAST:

@@ -63,8 +63,8 @@ class StoryFolder:
             )
 
     def open(self) -> None:
-        """Finds out whether the folder can be written: writes run.json, which stays that of an earlier run until the
-        first of its scenes is replaced. Raises UserError if not, or if the disk has no room for the latents to come."""
+        """Finds out whether the folder can be written: writes run.json, which stays that of an earlier run until this
+        one shows a scene. Raises UserError if not, or if the disk has no room for the latents to come."""
         record = self.folder / "run.json"
         with atomic_output(record) as path:
             path.write_bytes(record.read_bytes() if record.exists() else self._record({}))

@@ -109,7 +109,7 @@ def fingerprints(plan: StoryPlan, settings: Mapping[str, object], given: Mapping
     made: dict[int, str] = {}
     story, frames = plan.story, plan.frames
     for number, scene in enumerate(story.scenes[: story.num_given]):
-        made[number] = _hash(given, number, frames[number], plan.fps, scene.start, _file_hash(scene.given))
+        made[number] = _hash(given, number, frames[number], plan.fps, float(scene.start), _file_hash(scene.given))
     for window in plan.windows:
         scenes = [story.scenes[number] for number in window.scenes]
         texts = [(scene.prompt, scene.negative if plan.guided else "") for scene in scenes]

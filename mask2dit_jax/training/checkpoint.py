@@ -24,7 +24,7 @@ from etils import epath
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from mask2dit_jax.errors import UserError
+from mask2dit_jax.errors import UserError, is_no_answer
 from mask2dit_jax.parallel.sharding import name_of
 from mask2dit_jax.paths import absolute
 from mask2dit_jax.training.step import TrainState
@@ -129,7 +129,9 @@ def writing(manager: Manager):
     """A full disk shows as one of several kinds of error, in the call that saves or in one that comes later."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | RuntimeError) and not is_no_answer(error):
+            raise
         steps = _steps(manager.directory)
         good = f"step {max(steps)} is the newest one that was" if steps else "none was yet"
         reason = reason_of(error, manager.directory)
@@ -234,9 +236,11 @@ def _damage_named(checkpoint: epath.Path):
     """A file that is missing or cut short inside a checkpoint shows as one of many kinds of error, pages long."""
     try:
         yield
-    except DAMAGE as error:
+    except Exception as error:
         if is_out_of_reach(error):
             raise no_answer(checkpoint, reason_of(error, checkpoint)) from error
+        if not isinstance(error, DAMAGE):
+            raise
         raise UserError(
             f"checkpoint {checkpoint} is damaged ({reason_of(error, checkpoint)}); delete its folder to go on from the "
             "one before, or use another one"
@@ -246,6 +250,8 @@ def _damage_named(checkpoint: epath.Path):
 def is_out_of_reach(error: Exception) -> bool:
     """Whether the storage does not answer, or not to us, as opposed to files that are missing or cut."""
     error = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+    if is_no_answer(error):
+        return True
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     return bool(re.search("UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED", str(error)))

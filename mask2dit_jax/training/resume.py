@@ -5,6 +5,7 @@ processes go on from the same one. Storage that does not answer is no damage: it
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -76,7 +77,9 @@ def restore(manager: Manager, abstract: TrainState) -> TrainState:
         folder, state, verdict, reason = manager.directory / str(step), None, _FINE, "so says another process"
         try:
             state = _patiently(functools.partial(_read_state, folder, abstract))
-        except DAMAGE as error:
+        except Exception as error:
+            if not isinstance(error, DAMAGE) and not is_out_of_reach(error):
+                raise
             reason = reason_of(error, folder)
             verdict = _OUT_OF_REACH if is_out_of_reach(error) else _DAMAGED
         # All processes must go on from the same one, and not each reads the same files.
@@ -147,9 +150,11 @@ def _damage(folder: epath.Path) -> str | None:
 
     try:
         _patiently(look)
-    except (UserError, *DAMAGE) as error:
+    except Exception as error:
         if is_out_of_reach(error):
             raise no_answer(folder, reason_of(error, folder)) from error
+        if not isinstance(error, (UserError, *DAMAGE)):
+            raise
         return reason_of(error, folder)
     return None
 
@@ -159,7 +164,7 @@ def _patiently(read: Callable[[], _T]) -> _T:
     for pause in _PAUSES:
         try:
             return read()
-        except (UserError, *DAMAGE) as error:
+        except Exception as error:
             if not is_out_of_reach(error):
                 raise
             logging.warning("no answer from the storage (%s): asking again in %g s", reason_of(error), pause)
@@ -168,8 +173,9 @@ def _patiently(read: Callable[[], _T]) -> _T:
 
 
 def _set_aside(folder: epath.Path, reason: str) -> None:
-    taken = len(list(folder.parent.glob(f"damaged-{folder.name}*")))
-    aside = folder.parent / f"damaged-{folder.name}{f'-{taken + 1}' if taken else ''}"
+    name = f"damaged-{folder.name}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    aside = next(folder.parent / name for name in names if not (folder.parent / name).exists())
     folder.rename(aside)
     logging.warning(
         "checkpoint %s is damaged (%s): it is set aside as %s, and the one before is used", folder, reason, aside.name

@@ -125,3 +125,15 @@ def test_jax_says_no(initialized, monkeypatch):
         UserError, match=r"cannot join the others through localhost:1234: DEADLINE_EXCEEDED: no answer$"
     ):
         distributed.initialize()
+
+
+def test_whatever_fails_on_the_way_out_it_leaves():
+    """In a process of its own: with stdout closed, flushing raises."""
+    program = (
+        "import sys; from mask2dit_jax.errors import UserError, leave_at_once, run_main; "
+        "leave_at_once(is_first=False); sys.stdout.close(); "
+        "run_main(lambda argv: (_ for _ in ()).throw(UserError('this is why')))"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 1
+    assert finished.stderr.splitlines()[-1] == "error: this is why"

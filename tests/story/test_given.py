@@ -1,5 +1,8 @@
 """Given scenes: what of a picture or a clip is used, and what is said of the rest."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -66,7 +69,7 @@ def test_a_damaged_picture_is_one_line(tmp_path, position):
 @pytest.mark.parametrize(("fps", "count", "told"), [
     (8, 9, ""),
     (24, 25, ""),
-    (8, 160, "the first 1.1 s of its 20.0 s are the scene; `start: 18.9` in a story file takes the last"),
+    (8, 160, "the first 1.1 s of its 20.0 s are the scene; `start: 18.8` in a story file takes the last"),
     (12, 17, "12 frames a second become 8, so that it is 1.33 times as fast"),
     (6, 9, "6 frames a second become 8, so that it is 1.33 times as fast"),
 ])  # fmt: skip
@@ -88,3 +91,20 @@ def test_a_clip_from_a_place_in_it(tmp_path, caplog):
     np.testing.assert_allclose(levels, np.arange(60, 85, 3) * 2, atol=1.5)
     with pytest.raises(UserError, match=r"9 frames at 8 a second from second 3.5 on need 109 of its 24 a second"):
         check_given(Scene("a", given=scene.given, start=3.5), 9, 8, SIZE)
+
+
+def test_the_start_that_is_advised_is_one(tmp_path, caplog):
+    write_video(tmp_path / "clip.mp4", np.zeros((480, *SIZE, 3), np.uint8), 24)
+    scene = Scene("a", given=str(tmp_path / "clip.mp4"))
+    check_given(scene, 9, 8, SIZE)
+    advised = float(re.search(r"`start: ([\d.]+)`", caplog.text)[1])
+    check_given(dataclasses.replace(scene, start=advised), 9, 8, SIZE)
+
+
+def test_exif_that_cannot_be_read_costs_no_picture(tmp_path):
+    path = tmp_path / "photo.webp"
+    image = Image.new("RGB", SIZE[::-1], (200, 100, 0))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(path, exif=b"Exif\x00\x00" + exif.tobytes()[6:14], lossless=True)
+    np.testing.assert_array_equal(shown(path)[0, 0], (200, 100, 0))

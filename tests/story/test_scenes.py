@@ -105,6 +105,7 @@ def test_other_pixels_or_another_part_make_another_story(tmp_path, pixels, start
         return fingerprints(make_plan((given, *SCENES)), {}, {})
 
     assert all(a != b for a, b in zip(made(b"one", 0), made(pixels, start), strict=True))
+    assert made(b"one", 0) == made(b"one", 0.0)  # as a file says it
 
 
 def test_a_generated_scene_depends_on_the_vae_only_through_given_ones(tmp_path):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from gcsfs.retry import HttpError
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.models.dit import DiT, DiTConfig
@@ -168,7 +169,7 @@ def test_damage_is_named_and_the_one_before_used(damage, tmp_path, caplog):
 
 
 def test_a_storage_that_does_not_answer_is_asked_again(workdir, monkeypatch, caplog):
-    answers = iter([TimeoutError("no answer"), ValueError("UNAVAILABLE: 503")])
+    answers = iter([HttpError({"code": 503, "message": "busy"}), ValueError("UNAVAILABLE: 503")])
     read = resume.read_item
 
     def read_item(*args):
@@ -184,7 +185,9 @@ def test_a_storage_that_does_not_answer_is_asked_again(workdir, monkeypatch, cap
     assert "damaged" not in caplog.text
 
 
-@pytest.mark.parametrize("error", [TimeoutError("no answer"), PermissionError(13, "Permission denied")])
+@pytest.mark.parametrize("error", [
+    TimeoutError("no answer"), PermissionError(13, "Permission denied"), HttpError({"code": 503, "message": "busy"}),
+])  # fmt: skip
 def test_a_storage_that_never_answers_changes_nothing(workdir, monkeypatch, error):
     def fail(*_):
         raise error
@@ -212,6 +215,19 @@ def test_a_step_that_is_damaged_twice_is_kept_twice(tmp_path):
         with checkpoint.open_manager(tmp_path, keep=2) as manager:
             assert resume.set_aside_unreadable(manager) == 1
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "damaged-2", "damaged-2-2"}
+
+
+def test_a_step_that_was_named_again_is_set_aside_again(tmp_path):
+    steps = tmp_path / "checkpoints"
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        checkpoint.save(manager, make_state(1), RECORD)
+        checkpoint.save(manager, make_state(2), RECORD)
+    for name in ("damaged-2-2", "damaged-20"):
+        shutil.copytree(steps / "2", steps / name)
+    cut_metadata(steps / "2" / "params")
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        assert resume.set_aside_unreadable(manager) == 1
+    assert {path.name for path in steps.iterdir()} == {"1", "damaged-2", "damaged-2-2", "damaged-20"}
 
 
 def test_every_nth_is_kept_as_well(tmp_path):

@@ -1,6 +1,7 @@
 """The trace of a few steps; that a whole run writes one is in tests/mains/test_features.py."""
 
 import jax.numpy as jnp
+from jax._src import profiler
 
 from mask2dit_jax.training.profile import StepTrace
 
@@ -27,6 +28,9 @@ def test_a_run_that_is_stopped_before_the_trace_writes_none(tmp_path):
 def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, caplog):
     (tmp_path / "profile").write_text("a file where the folder should be")
     trace = StepTrace((1, 1), tmp_path / "profile", num_steps=1)
-    with trace(1):
-        jnp.ones(8).sum()
+    try:
+        with trace(1):
+            jnp.ones(8).sum()
+    finally:
+        profiler._profile_state.reset()  # JAX leaves it as it was; another test may trace, too
     assert "the profile cannot be written" in caplog.text
