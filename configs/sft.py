@@ -16,6 +16,6 @@ def get_config(preset: str = ""):
     config.data.path = "data/demo/sft.json" if preset == "tiny" else ""
     config.condition_probability = 0.5
     if preset == "tiny":
-        config.num_steps = config.optimizer.decay_steps = 700
+        config.num_steps = config.optimizer.decay_steps = 1000
         config.init_from = "workdir/pretrain"
     return desk.adapted(slices.adapted(config, slice_name))
