@@ -209,7 +209,7 @@ def _folder(config: ConfigDict, models: SamplingModels, plan: StoryPlan, seed: i
     size = config.height, config.width
     largest = max(plan.layouts, key=lambda layout: layout.num_tokens)
     memory = models.memory(largest, sum(plan.latent_frames)).lines(models.mesh.size)
-    weights, common = dict(models.weights), {"seed": seed, "compute_dtype": config.compute_dtype}
+    weights, common = models.weights, {"seed": seed, "compute_dtype": config.compute_dtype}
     settings = {
         **common,
         "weights": {name: weights[name] for name in ("transformer", "text_encoder", "scheduler")},

@@ -70,8 +70,7 @@ def has_weights(directory: epath.PathLike, name: str) -> bool:
 
 
 def require_weights(directory: epath.PathLike, name: str, why: str) -> None:
-    """Raises UserError if the component has parameters and its folder none of them. `why` completes "PATH holds no
-    weights; "."""
+    """Raises UserError if the component has parameters and its folder none of them. `why` ends the message."""
     has_parameters = jax.tree.leaves(COMPONENTS[name].module(load_config(directory, name)))
     if has_parameters and not has_weights(directory, name):
         raise UserError(f"{directory}/{name} holds no weights; {why}")

@@ -15,6 +15,7 @@ from mask2dit_jax.axes import Array, NpFloats
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.sampling.generate import WindowSampler
+from mask2dit_jax.story.plan import in_words
 from mask2dit_jax.story.windows import Window
 
 
@@ -59,10 +60,9 @@ def generate_story(
             window_key = jax.random.fold_in(key, window.new[0])
             result = _generate_window(sampler, known, *texts, layout, latent_shape, window_key, progress(window))
             if not np.isfinite(result).all():
-                numbers = ", ".join(str(scene + 1) for scene in window.new)
                 raise UserError(
-                    f"scene {numbers}: the latents are no numbers (NaN or infinite) and are not kept; look for damage "
-                    "in the transformer's weights, or compute in float32"
+                    f"{in_words(window.new)}: the latents are no numbers (NaN or infinite) and are not kept; look "
+                    "for damage in the transformer's weights, or compute in float32"
                 )
             for scene, part in zip(window.new, layout.frame_slices[len(known) :], strict=True):
                 latents[scene] = result[part]

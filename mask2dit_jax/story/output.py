@@ -53,7 +53,7 @@ class StoryFolder:
         """Before anything is done: scenes that will be kept, and, as a warning, those that will be replaced."""
         numbers = range(len(self.plan.frames))
         kept = [number for number in numbers if number in self.scenes]
-        replaced = [number for number in numbers if self.scenes.is_of_others(number)]
+        replaced = [number for number in numbers if number not in kept and self.scenes.has_file(number)]
         if kept:
             logging.info("%s: made already: %s", self.folder, in_words(kept))
         if replaced:

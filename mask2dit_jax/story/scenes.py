@@ -63,9 +63,9 @@ class SceneStore(MutableMapping[int, np.ndarray]):
     def __delitem__(self, scene: int) -> None:
         self._path(scene).unlink()
 
-    def is_of_others(self, scene: int) -> bool:
-        """Whether there is a file that other settings made, or a damaged one: it will be replaced."""
-        return scene not in self and self._path(scene).exists()
+    def has_file(self, scene: int) -> bool:
+        """Also one that other settings made, or a damaged one, which will be replaced."""
+        return self._path(scene).exists()
 
     def show(self, scene: int, display: str, shown: Shown) -> None:
         """Keeps what is left of a scene's frames when its video is written; `display` says how they were made."""

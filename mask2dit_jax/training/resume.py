@@ -78,10 +78,13 @@ def restore(manager: Manager, abstract: TrainState) -> TrainState:
         try:
             state = _patiently(functools.partial(_read_state, folder, abstract))
         except Exception as error:
-            if not isinstance(error, DAMAGE) and not is_out_of_reach(error):
+            if is_out_of_reach(error):
+                verdict = _OUT_OF_REACH
+            elif isinstance(error, DAMAGE):
+                verdict = _DAMAGED
+            else:
                 raise
             reason = reason_of(error, folder)
-            verdict = _OUT_OF_REACH if is_out_of_reach(error) else _DAMAGED
         # All processes must go on from the same one, and not each reads the same files.
         worst = np.max(multihost_utils.process_allgather(np.array(verdict)))
         if worst == _FINE:
