@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mask2dit_jax.axes import Floats
 from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.ops.attention_splash import RESIDUALS
 from mask2dit_jax.ops.masks import key_runs
 from mask2dit_jax.parallel.mesh import platform
 
@@ -52,7 +54,8 @@ def _forward(q, k, v, mask, layout, kernel):
                 here = slice(segment.start - call.queries.start, segment.stop - call.queries.start)
                 parts.setdefault(segment, []).append((out[:, here], lse[:, here]))
     joined = [_join(parts[segment]) for segment in layout.segments]
-    out, lse = (jnp.concatenate(x, axis=1) for x in zip(*joined, strict=True))
+    # Named, so that a remat policy can keep what the backward pass would otherwise run the kernel again for.
+    out, lse = (checkpoint_name(jnp.concatenate(x, axis=1), RESIDUALS) for x in zip(*joined, strict=True))
     return out, (q, k, v, out, lse)
 
 

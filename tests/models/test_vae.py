@@ -12,7 +12,7 @@ from flax import nnx
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.memoryless import memoryless
 from mask2dit_jax.models import vae as vae_module
-from mask2dit_jax.models.vae import VAE, Posterior, VAEConfig, _conv_3d, _conv_by_taps
+from mask2dit_jax.models.vae import VAE, Posterior, VAEConfig, _conv_3d, _conv_by_taps, _conv_over_channels
 
 TINY = VAEConfig(block_out_channels=(4, 4, 8), latent_channels=2, layers_per_block=1, norm_num_groups=2)
 
@@ -26,13 +26,13 @@ encode = nnx.jit(lambda vae, pixels: vae.encode(pixels).mean)
 decode = nnx.jit(lambda vae, latents, chunking: vae.decode(latents, chunking), static_argnames="chunking")
 
 
-def test_the_two_forms_of_a_convolution_agree():
-    """One is for CPUs, the other for the rest."""
+@pytest.mark.parametrize("convolve", [_conv_by_taps, _conv_over_channels], ids=["cpu", "gpu"])
+def test_the_convolution_of_each_platform_equals_the_3d_convolution(convolve):
     x, kernel = (
         jax.random.normal(jax.random.key(0), (2, 5, 6, 7, 4)),
         jax.random.normal(jax.random.key(1), (3, 3, 3, 4, 5)),
     )
-    np.testing.assert_allclose(_conv_by_taps(x, kernel), _conv_3d(x, kernel), atol=1e-5)
+    np.testing.assert_allclose(convolve(x, kernel), _conv_3d(x, kernel), atol=1e-5)
 
 
 def pixels(frames, height=8, width=8, batch=1):

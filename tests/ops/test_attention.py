@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 from jax.extend.core import jaxprs_in_params
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.ops import attention_grouped
 from mask2dit_jax.ops.attention import IMPLEMENTATIONS, attend
+from mask2dit_jax.ops.attention_splash import RESIDUALS
 from mask2dit_jax.ops.masks import PREDICATES, dense_mask
 
 EQUAL = SceneLayout(frames=(2, 2), grid=(1, 2), text_tokens=2)
@@ -72,6 +74,15 @@ def test_gradients_agree(mask, implementation):
     wanted = gradients(mask, UNEQUAL, "dense")
     for got, want in zip(gradients(mask, UNEQUAL, implementation), wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=5e-6)
+
+
+def test_a_policy_that_keeps_attention_keeps_what_the_backward_kernels_need(capsys):
+    """Without the output and the log-sum-exp, the backward pass would run the forward kernel again."""
+    keep = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
+    run = functools.partial(attend, mask="v2", layout=UNEQUAL, implementation="cudnn")
+    print_saved_residuals(jax.checkpoint(lambda q: run(2 * q, 3 * q, 4 * q).sum(), policy=keep), random_qkv(UNEQUAL)[0])
+    named = [line for line in capsys.readouterr().out.splitlines() if f"named '{RESIDUALS}'" in line]
+    assert len(named) == 2
 
 
 @pytest.mark.parametrize("mask", PREDICATES)
