@@ -259,7 +259,7 @@ CONVOLUTIONS = {"cpu": _conv_by_taps, "gpu": _conv_over_channels}  # by platform
 def _conv_frames(
     x: Floats["b f h w i"], kernel: Floats["3 3 i o"], out_dtype: DTypeLike = jnp.float32
 ) -> Floats["b f h w o"]:
-    """A 2-D convolution of every frame. By default it returns fp32, so that time taps are not rounded before their sum."""
+    """A 2-D convolution of every frame. fp32 by default: time taps are not rounded before their sum."""
     b, f, h, w, _ = x.shape
     out = jax.lax.conv_general_dilated(
         x.reshape(b * f, h, w, -1),
