@@ -41,11 +41,11 @@ demo: $(VENV)/.demo
 	$(CPU) $(BIN)/python -m mask2dit_jax.train --config=configs/pretrain.py:tiny --workdir=workdir/pretrain
 	$(CPU) $(BIN)/python -m mask2dit_jax.train --config=configs/sft.py:tiny --workdir=workdir/sft
 	$(CPU) $(BIN)/python -m mask2dit_jax.sample --config=configs/sample.py:tiny --output=demo
-	$(CPU) $(BIN)/python -m mask2dit_jax.report --story=demo --shots=data/demo/pretrain.csv
+	$(CPU) $(BIN)/python -m mask2dit_jax.evaluate --story=demo --shots=data/demo/pretrain.csv
 
 # Goes on where it stopped, too. Other findings: --finding=NAME, see docs/desk.md.
 desk: $(VENV)/.desk
-	$(CPU) $(BIN)/python -m mask2dit_jax.desk_evidence --finding=table2 --output=desk
+	$(CPU) $(BIN)/python experiments/desk --finding=table2 --output=desk
 
 # Two processes: most of these tests compile small programs, which keeps one core busy.
 test: setup

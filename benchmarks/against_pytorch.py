@@ -39,8 +39,8 @@ from mask2dit_jax.models.t5 import T5Config, T5Encoder
 from mask2dit_jax.models.vae import VAE, VAEConfig
 from mask2dit_jax.ops import positions
 from mask2dit_jax.parallel.mesh import make_mesh
-from mask2dit_jax.port import pretrained as port
-from mask2dit_jax.sampling.generate import SamplingConfig, WindowSampler
+from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.sampling.window import SamplingConfig, WindowSampler
 from mask2dit_jax.training.optimizer import OptimizerConfig
 from mask2dit_jax.training.program import TrainProgram
 from mask2dit_jax.training.step import Objective

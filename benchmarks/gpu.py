@@ -250,11 +250,11 @@ from flax import nnx  # noqa: E402
 from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig  # noqa: E402
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig  # noqa: E402
 from mask2dit_jax.layout import SceneLayout  # noqa: E402
-from mask2dit_jax.memoryless import memoryless  # noqa: E402
 from mask2dit_jax.models.dit import DiT, DiTConfig  # noqa: E402
-from mask2dit_jax.models.vae import VAE, VAEConfig, decode_chunks  # noqa: E402
-from mask2dit_jax.ops.attention import attend, best_implementation  # noqa: E402
-from mask2dit_jax.sampling.generate import make_denoise_step  # noqa: E402
+from mask2dit_jax.models.vae import VAE, VAEConfig  # noqa: E402
+from mask2dit_jax.ops.attention.api import attend, best_implementation  # noqa: E402
+from mask2dit_jax.parallel.abstract import memoryless  # noqa: E402
+from mask2dit_jax.sampling.window import make_denoise_step  # noqa: E402
 from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from mask2dit_jax.training.step import Objective, init_state, make_train_step  # noqa: E402
 
@@ -462,7 +462,7 @@ def vae_decode():
 
     def whole():
         cache, out = None, []
-        for chunk in decode_chunks(FRAMES, "mask2dit"):
+        for chunk in config.decode_chunks(FRAMES, "mask2dit"):
             pixels, cache = run(params, latents[:, chunk], cache)
             out.append(pixels)
         return out

@@ -19,12 +19,12 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mask2dit_jax.curate.records import SceneLatents
-from mask2dit_jax.data.cache import CacheSettings, EncodedClip
-from mask2dit_jax.data.pipeline import make_batches
-from mask2dit_jax.data.records import RecordShapes, SceneRecords
-from mask2dit_jax.data.sampling import SftSampling
-from mask2dit_jax.data.scenes import ConsecutiveShots
+from mask2dit_jax.curate.build_records import SceneLatents
+from mask2dit_jax.data.batches import make_batches
+from mask2dit_jax.data.frames import SftSampling
+from mask2dit_jax.data.latent_cache import CacheSettings, EncodedClip
+from mask2dit_jax.data.latents import RecordShapes, SceneRecords
+from mask2dit_jax.data.samples import ConsecutiveShots
 from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.data.sources import Clip, Group, Scan
 

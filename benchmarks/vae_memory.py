@@ -20,10 +20,10 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mask2dit_jax.encoders import VideoCodec
-from mask2dit_jax.memoryless import memoryless
 from mask2dit_jax.models.vae import VAE, VAEConfig
-from mask2dit_jax.port import pretrained as port
+from mask2dit_jax.parallel.abstract import memoryless
+from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained.encoders import VideoCodec
 
 DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and computation.")
 FRAMES = flags.DEFINE_integer("frames", 49, "Of the scene.")

@@ -1,6 +1,6 @@
 """What the `desk` preset changes of `tiny`: the paper's findings in minutes on two CPU cores, see docs/desk.md.
 
-    python -m mask2dit_jax.desk_evidence --finding=table2 --output=desk
+    python experiments/desk --finding=table2 --output=desk
 
 makes the data (desk/world) and runs the mains with these values.
 """

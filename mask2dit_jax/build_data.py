@@ -24,17 +24,18 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
-from mask2dit_jax import setup_run, training_data
+from mask2dit_jax import config as run_config
+from mask2dit_jax import training_data
+from mask2dit_jax.curate.build_records import SceneLatents
 from mask2dit_jax.curate.check import check_clips
-from mask2dit_jax.curate.dataset import build_dataset, read_captions
 from mask2dit_jax.curate.demo import DEMO_CAPTIONS, demo_videos
 from mask2dit_jax.curate.encode import encode_clip
-from mask2dit_jax.curate.records import SceneLatents
+from mask2dit_jax.curate.shot_dataset import build_dataset, read_captions
 from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.models.dit import DiTConfig
 from mask2dit_jax.parallel import distributed
-from mask2dit_jax.transformer import TransformerSource
+from mask2dit_jax.pretrained.transformer_source import TransformerSource
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Of the training: configs/sft.py:tiny.", lock_config=True)
 _VIDEOS = flags.DEFINE_list("videos", None, "Video files; by default those of the demo.")
@@ -59,7 +60,7 @@ def main(argv):
     if _CONFIG.value is None:
         raise UserError("--config must be given with --check and --encode: the clips it trains on are looked for")
     config = _CONFIG.value
-    setup_run.check_values(config, "train", "num_steps")
+    run_config.check_values(config, "train", "num_steps")
     if _CHECK.value:
         check(config, _CHECK.value)
     else:
@@ -98,8 +99,8 @@ def check(config: ConfigDict, data_file: str) -> None:
 def encode(config: ConfigDict, data_file: str, output: str) -> None:
     """Writes the latent data set; with several processes, each its share."""
     distributed.initialize()
-    pretrained = setup_run.resolve_pretrained(config)
-    vae, text_encoder = setup_run.encoder_configs(pretrained)
+    pretrained = run_config.resolve_pretrained(config)
+    vae, text_encoder = run_config.encoder_configs(pretrained)
     model = _model(config, pretrained, vae, text_encoder)
     scan = training_data.scan_data_file(config.data.kind, data_file)
     skipped = Skipped(scan.num_clips, config.data.max_skipped_share)
@@ -129,7 +130,7 @@ def encode(config: ConfigDict, data_file: str, output: str) -> None:
 def _model(config: ConfigDict, pretrained, vae, text_encoder) -> DiTConfig:
     """The sizes of the transformer that will train on it."""
     source = TransformerSource.find(pretrained)
-    return source.config() if source else setup_run.model_from_scratch(config, vae, text_encoder)
+    return source.config() if source else run_config.model_from_scratch(config, vae, text_encoder)
 
 
 if __name__ == "__main__":

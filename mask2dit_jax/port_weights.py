@@ -12,15 +12,17 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from mask2dit_jax import setup_run
+from mask2dit_jax import config as run_config
 from mask2dit_jax.errors import UserError, run_main
-from mask2dit_jax.port import pretrained as port
+from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained.transformer_source import WEIGHTS, TransformerSource
 from mask2dit_jax.training import checkpoint
-from mask2dit_jax.transformer import WEIGHTS, TransformerSource
 
 _FROM = flags.DEFINE_string("from", None, "A diffusers directory, a workdir or a checkpoint.", required=True)
 _TO = flags.DEFINE_string("to", None, "A new folder; a workdir if --from is a diffusers directory, else the other way.")
-_DTYPE = flags.DEFINE_enum("dtype", None, list(setup_run.DTYPES), "Type of the parameters written; default: as stored.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, list(run_config.DTYPES), "Type of the written parameters; default: as stored."
+)
 _WEIGHTS = flags.DEFINE_enum(
     "weights", "auto", WEIGHTS, "Of a checkpoint: the moving average, if there is one, or not."
 )
@@ -34,7 +36,7 @@ def main(argv):
         raise UserError(f"what is {argv[1]}? name the folders with --from=DIR --to=DIR")
     jax.config.update("jax_platforms", "cpu")
     source, target = epath.Path(_FROM.value), epath.Path(_TO.value)
-    dtype = _DTYPE.value and setup_run.resolve_dtype(_DTYPE.value)
+    dtype = _DTYPE.value and run_config.resolve_dtype(_DTYPE.value)
     _check(source, target)
     if checkpoint.has_checkpoint(source):
         written = _to_diffusers(source, target, dtype)
@@ -62,12 +64,12 @@ def _to_workdir(source: epath.Path, target: epath.Path, dtype) -> list[str]:
     configs = {name: port.load_config(source, name) for name in names}
     written = port.copy_rest(source, target)
     for name, config in configs.items():
-        params = port.load_params(source, name, config, dtype=dtype)
+        params = port.load_component(source, name, config, dtype=dtype)
         if name == "transformer":
             checkpoint.save_params(target, params, {"model": config.to_json(), "pretrained": str(target)})
         else:
             origin = port.origin(source / name) + (f"-{_DTYPE.value}" if _DTYPE.value else "")
-            port.save_params(target, name, config, params, origin)
+            port.save_component(target, name, config, params, origin)
         del params
         written.append(name)
     _name_missing(written)
@@ -86,7 +88,7 @@ def _to_diffusers(source: epath.Path, target: epath.Path, dtype) -> list[str]:
     for name in FROZEN:
         if port.has_weights(frozen, name):
             config = port.load_config(frozen, name)
-            port.save_diffusers(target, name, config, port.load_params(frozen, name, config), dtype=dtype)
+            port.save_diffusers(target, name, config, port.load_component(frozen, name, config), dtype=dtype)
             written.append(name)
     written += port.copy_rest(frozen, target)
     _name_missing(written)
@@ -98,7 +100,7 @@ def _frozen_directory(source: epath.Path, transformer: TransformerSource) -> epa
     if any(port.has_weights(source, name) for name in FROZEN):
         return source
     recorded = checkpoint.read_record(transformer.folder)["pretrained"]
-    directory = epath.Path(setup_run.pretrained_directory(recorded))
+    directory = epath.Path(run_config.pretrained_directory(recorded))
     return directory if directory.exists() else None
 
 

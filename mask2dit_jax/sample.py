@@ -23,17 +23,18 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from mask2dit_jax import caches, setup_run
+from mask2dit_jax import config as run_config
 from mask2dit_jax.errors import UserError, run_main
+from mask2dit_jax.io import user_cache
 from mask2dit_jax.parallel import distributed
-from mask2dit_jax.port.pretrained import read_json
-from mask2dit_jax.sampling.extend import generate_story
+from mask2dit_jax.pretrained.directory import read_json
+from mask2dit_jax.sampling.extension import generate_story
 from mask2dit_jax.sampling_models import SamplingModels, wait_for_others
 from mask2dit_jax.story.file import read_story
+from mask2dit_jax.story.folder import StoryFolder
 from mask2dit_jax.story.given import check_given, read_given
-from mask2dit_jax.story.output import StoryFolder
 from mask2dit_jax.story.plan import StoryPlan
-from mask2dit_jax.story.scenes import SceneStore, fingerprints
+from mask2dit_jax.story.store import StoryLatents, fingerprints
 from mask2dit_jax.story.story import Story
 from mask2dit_jax.story.windows import Window
 
@@ -59,7 +60,7 @@ def main(argv):
             "field (pretrained, checkpoint), change it in a copy of that file"
         )
     distributed.initialize()
-    caches.keep_compiled_programs()
+    user_cache.keep_compiled_programs()
     config, stories = _repeated(_REPEAT.value) if _REPEAT.value else _asked(_CONFIG.value)
     logging.info("config:\n%s", config)
     models = SamplingModels(config)
@@ -138,7 +139,7 @@ def _progress(window: Window):
 
 def _asked(config: ConfigDict) -> tuple[ConfigDict, list[Story]]:
     """Stories of files, or the one of the config's prompts."""
-    setup_run.check_values(config, "sample", "prompts")
+    run_config.check_values(config, "sample", "prompts")
     prompts, given = _strings(config, "prompts"), _strings(config, "given")
     if not _STORY.value:
         return config, [Story.from_prompts(prompts, config.negative_prompt, given)]
@@ -158,7 +159,7 @@ def _repeated(path: str) -> tuple[ConfigDict, list[Story]]:
     try:
         config = ConfigDict(run["config"]).lock()
         config.update(seed=run["seed"], seeds=())
-        setup_run.check_values(config, "sample", "prompts")
+        run_config.check_values(config, "sample", "prompts")
         return config, [Story.from_json(run["story"])]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: this run.json lacks {error}; give one that sample wrote") from error
@@ -218,7 +219,7 @@ def _folder(config: ConfigDict, models: SamplingModels, plan: StoryPlan, seed: i
         "sampler": config.sampler.to_dict(),
     }
     given = {**common, "vae": weights["vae"], "size": size}
-    scenes = SceneStore(folder / "latents", fingerprints(plan, settings, given))
+    scenes = StoryLatents(folder / "latents", fingerprints(plan, settings, given))
     run = {"config": config.to_dict(), "seed": seed, "weights": weights}
     text = plan.table(*size, models.sampling.sampler.num_steps, memory)
     display = f"VAE {weights['vae']}, {config.decode_chunking}, {config.fps} frames a second"

@@ -9,21 +9,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mask2dit_jax import caches, setup_run
-from mask2dit_jax.data.text import Cut, cut, load_tokenizer
+from mask2dit_jax import config as run_config
 from mask2dit_jax.diffusion.samplers import Sampler
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
-from mask2dit_jax.encoders import TextEncoder, VideoCodec
+from mask2dit_jax.io import user_cache
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.dit import DiT
 from mask2dit_jax.ops.positions import check_table
 from mask2dit_jax.parallel import sharding
+from mask2dit_jax.parallel.abstract import abstract_module
 from mask2dit_jax.parallel.mesh import check_tokens
-from mask2dit_jax.parallel.module import abstract_module
-from mask2dit_jax.port import pretrained as port
-from mask2dit_jax.sampling.generate import WindowSampler
+from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained.encoders import TextEncoder, VideoCodec
+from mask2dit_jax.pretrained.tokenizer import Cut, cut_prompts, load_tokenizer
+from mask2dit_jax.pretrained.transformer_source import TransformerSource
 from mask2dit_jax.sampling.memory import SamplingMemory
-from mask2dit_jax.transformer import TransformerSource
+from mask2dit_jax.sampling.window import WindowSampler
 
 
 class SamplingModels:
@@ -36,21 +37,21 @@ class SamplingModels:
     def __init__(self, config: ConfigDict):
         """Reads config.json files and nothing else."""
         self._config = config
-        self._pretrained = setup_run.resolve_pretrained(config)
-        self.vae, self._text_encoder = setup_run.encoder_configs(self._pretrained)
+        self._pretrained = run_config.resolve_pretrained(config)
+        self.vae, self._text_encoder = run_config.encoder_configs(self._pretrained)
         self._source = TransformerSource.require(config.checkpoint or self._pretrained, config.weights)
-        self.model = setup_run.with_run_settings(self._source.config(), config)
-        setup_run.check_encoders(self.model, self._pretrained)
-        setup_run.check_sizes(config, self.vae, self.model.patch_size)
-        self.sampling = setup_run.sampling_config(config)
-        self._dtype = setup_run.resolve_dtype(config.compute_dtype)
+        self.model = run_config.with_run_settings(self._source.config(), config)
+        run_config.check_encoders(self.model, self._pretrained)
+        run_config.check_sizes(config, self.vae, self.model.patch_size)
+        self.sampling = run_config.sampling_config(config)
+        self._dtype = run_config.resolve_dtype(config.compute_dtype)
         self._schedule = NoiseSchedule(port.load_schedule(self._pretrained))
         Sampler(self.sampling.sampler, self._schedule)  # refuses what does not go together
         for name in ("vae", "text_encoder"):
             port.require_weights(self._pretrained, name, "copy them there, or give another --config.pretrained")
         sides = config.height, config.width
         self._latent_size = tuple(side // self.vae.spatial_compression_ratio for side in sides)
-        self.mesh = setup_run.sampling_mesh(config, self.model, self.vae, jax.local_devices())
+        self.mesh = run_config.sampling_mesh(config, self.model, self.vae, jax.local_devices())
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -71,7 +72,7 @@ class SamplingModels:
 
     def cut(self, texts: Sequence[str]) -> list[Cut]:
         """What the text encoder will use of the texts."""
-        return cut(self._tokenizer, texts, self.model.text_tokens)
+        return cut_prompts(self._tokenizer, texts, self.model.text_tokens)
 
     def memory(self, layout: SceneLayout, latent_frames: int) -> SamplingMemory:
         """
@@ -106,7 +107,7 @@ class SamplingModels:
         texts = list(dict.fromkeys(texts))
         if not texts:
             return {}
-        cache = caches.user_cache("prompts")
+        cache = user_cache.user_cache("prompts")
         encoder = TextEncoder(self._pretrained, self.model.text_tokens, self._dtype, cache)
         return dict(zip(texts, encoder(texts), strict=True))
 

@@ -28,9 +28,9 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mask2dit_jax.errors import UserError, run_main
+from mask2dit_jax.io.paths import is_remote
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import AXES
-from mask2dit_jax.paths import is_remote
 
 _BUCKET = flags.DEFINE_string("bucket", None, "Where the job will write: gs://BUCKET/FOLDER, or a local folder.")
 _MESH = flags.DEFINE_string("mesh", "", "Sizes of data x fsdp x context x tensor, e.g. 1x16x4x1; all devices if empty.")

@@ -17,14 +17,16 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from mask2dit_jax import caches, setup_run
+from mask2dit_jax import config as run_config
 from mask2dit_jax.errors import UserError, run_main
+from mask2dit_jax.io import user_cache
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import make_mesh
-from mask2dit_jax.port import pretrained as port
-from mask2dit_jax.preview import Preview
+from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained.transformer_source import TransformerSource
+from mask2dit_jax.sampling.preview import Preview
 from mask2dit_jax.training import checkpoint, resume, scene_lengths, validation
-from mask2dit_jax.training.event_file import EventFile, open_event_file
+from mask2dit_jax.training.events import EventFile, open_event_file
 from mask2dit_jax.training.metrics import MetricsLog
 from mask2dit_jax.training.optimizer import learning_rate
 from mask2dit_jax.training.profile import StepTrace
@@ -32,7 +34,6 @@ from mask2dit_jax.training.program import TrainProgram, global_batch, local_rows
 from mask2dit_jax.training.step import Batch, TrainState, evaluated_params
 from mask2dit_jax.training.stopping import EXIT_CODE, StopRequest
 from mask2dit_jax.training_data import TrainingData, open_training_data
-from mask2dit_jax.transformer import TransformerSource
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:tiny.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints and TensorBoard logs.")
@@ -45,23 +46,23 @@ def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
     distributed.initialize(sigterm_is_asked_for=True)
-    caches.keep_compiled_programs()
+    user_cache.keep_compiled_programs()
     config, workdir = _CONFIG.value, _WORKDIR.value
-    setup_run.check_values(config, "train", "num_steps")
+    run_config.check_values(config, "train", "num_steps")
     logging.info("config:\n%s", config)
-    mesh = make_mesh(config.mesh.to_dict(), batch_size=setup_run.samples_at_once(config))
+    mesh = make_mesh(config.mesh.to_dict(), batch_size=run_config.samples_at_once(config))
 
     keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
     with checkpoint.open_manager(workdir, **keep) as manager:
-        pretrained = setup_run.resolve_pretrained(config)
+        pretrained = run_config.resolve_pretrained(config)
         start, source = _find_start(config, pretrained, manager)
-        vae_config, text_config = setup_run.encoder_configs(pretrained)
+        vae_config, text_config = run_config.encoder_configs(pretrained)
         if config.sample_every:
             port.require_weights(pretrained, "vae", "storyboards need it; set sample_every=0")
-        wanted = setup_run.model_from_scratch(config, vae_config, text_config)
-        stored = setup_run.stored_model(source, wanted, config) if source else wanted
-        setup_run.check_encoders(stored, pretrained)
-        programs = setup_run.train_programs(config, mesh, stored, vae_config, port.load_schedule(pretrained))
+        wanted = run_config.model_from_scratch(config, vae_config, text_config)
+        stored = run_config.stored_model(source, wanted, config) if source else wanted
+        run_config.check_encoders(stored, pretrained)
+        programs = run_config.train_programs(config, mesh, stored, vae_config, port.load_schedule(pretrained))
         data = open_training_data(config, pretrained, programs[0].model)
         with jax.set_mesh(mesh):
             state = _start_state(programs[0], start, source, manager)
@@ -85,7 +86,7 @@ def _run(
 ) -> int:
     """Steps until the config's last one, or until asked to stop; a checkpoint now and then, and at the end."""
     first_step, total = int(state.step), config.num_steps
-    log, record = watch.log, setup_run.run_record(config, watch.program.model)
+    log, record = watch.log, run_config.run_record(config, watch.program.model)
     under_way = collections.deque()
     with tqdm(total=total, initial=first_step, desc="training", unit="step", disable=not watch.is_first) as progress:
         for step in range(first_step + 1, total + 1):
@@ -147,7 +148,7 @@ class Watch:
     def _fixed_batch(self) -> Batch:
         """The batch of step 0, whatever step the run began at."""
         batch = next(_batches(self._config, self._data, 0, self._rows))
-        batch = scene_lengths.cut(batch, self.program.stored_layout, self.program.objective.layout)
+        batch = scene_lengths.cut_scenes(batch, self.program.stored_layout, self.program.objective.layout)
         return global_batch(batch, self.program.abstract_batch, self._rows)
 
 
@@ -166,7 +167,7 @@ def _placed(
     by_layout = {program.objective.layout: program for program in programs}
     for number, batch in enumerate(_batches(config, data, start_step, rows), start=start_step):
         program = by_layout[scene_lengths.draw(tuple(by_layout), config.seed, number)]
-        batch = scene_lengths.cut(batch, program.stored_layout, program.objective.layout)
+        batch = scene_lengths.cut_scenes(batch, program.stored_layout, program.objective.layout)
         yield program, global_batch(batch, program.abstract_batch, rows)
 
 
@@ -175,7 +176,7 @@ def _find_start(config: ConfigDict, pretrained, manager) -> tuple[str, Transform
     if (step := resume.set_aside_unreadable(manager)) is not None:
         logging.info("start: resuming step %d of %s", step, manager.directory)
         source = TransformerSource.require(manager.directory)
-        setup_run.log_changes(checkpoint.read_record(source.folder).get("config", {}), config)
+        run_config.log_changes(checkpoint.read_record(source.folder).get("config", {}), config)
         return "resume", source
     if config.init_from:
         source = TransformerSource.require(config.init_from)

@@ -19,31 +19,25 @@ from absl import flags, logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
-from mask2dit_jax import setup_run
-from mask2dit_jax.compile_report.report import (
-    CompileReport,
-    ModelFlops,
-    compile_and_analyse,
-    format_table,
-    splash_kernel_flops,
-)
-from mask2dit_jax.data.output_file import atomic_output
+from mask2dit_jax import config as run_config
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
-from mask2dit_jax.encoders import text_encode, video_decode, video_encode
 from mask2dit_jax.errors import UserError, run_main
+from mask2dit_jax.io.atomic import atomic_output
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import codec, flops
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
 from mask2dit_jax.models.vae import VAEConfig
-from mask2dit_jax.ops.attention_splash import FORWARD_PRODUCTS, splash_work
+from mask2dit_jax.ops.attention.splash import FORWARD_PRODUCTS, splash_work
 from mask2dit_jax.parallel import sharding
+from mask2dit_jax.parallel.abstract import abstract_module
 from mask2dit_jax.parallel.chips import Topology, parse_topology, prepare_compiler
 from mask2dit_jax.parallel.mesh import CONTEXT, DATA, FSDP, TENSOR, check_tokens, local_mesh, make_mesh
-from mask2dit_jax.parallel.module import abstract_module
-from mask2dit_jax.port import pretrained as port
-from mask2dit_jax.sampling.generate import WindowSampler
-from mask2dit_jax.transformer import TransformerSource
+from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained.encoders import text_encode, video_decode, video_encode
+from mask2dit_jax.pretrained.transformer_source import TransformerSource
+from mask2dit_jax.sampling.window import WindowSampler
+from mask2dit_jax.tpu.report import CompileReport, ModelFlops, compile_and_analyse, format_table, splash_kernel_flops
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:5b.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chips to compile for: v5p:4x4x4, v5e:8x8, or by product, v5p-128.")
@@ -59,15 +53,18 @@ def main(argv):
     prepare_compiler()
     config, topology = _CONFIG.value, parse_topology(_TOPOLOGY.value, _SLICES.value)
     is_training = "num_steps" in config
-    setup_run.check_values(config, "train_compile", "num_steps" if is_training else "prompts")
+    run_config.check_values(config, "train_compile", "num_steps" if is_training else "prompts")
     sizes = Sizes.of(config)
     if is_training:
         batch = config.global_batch_size
-        mesh = make_mesh(config.mesh.to_dict(), topology.devices(), setup_run.samples_at_once(config))
+        mesh = make_mesh(config.mesh.to_dict(), topology.devices(), run_config.samples_at_once(config))
         reports = [_compile_train(config, mesh, topology, sizes)]
     else:
-        batch, host = 1 + setup_run.sampling_config(config).guided, topology.host()  # each host samples its own stories
-        mesh = setup_run.sampling_mesh(config, sizes.model, sizes.vae, host.devices())
+        batch, host = (
+            1 + run_config.sampling_config(config).guided,
+            topology.host(),
+        )  # each host samples its own stories
+        mesh = run_config.sampling_mesh(config, sizes.model, sizes.vae, host.devices())
         reports = [_compile_denoise(config, mesh, host, sizes)]
     if _ENCODERS.value:
         reports += _compile_encoders(config, topology, sizes, decode=not is_training)
@@ -94,8 +91,8 @@ class Sizes:
     @classmethod
     def of(cls, config: ConfigDict) -> "Sizes":
         if config.pretrained:
-            pretrained = setup_run.resolve_pretrained(config)
-            vae, text_encoder = setup_run.encoder_configs(pretrained)
+            pretrained = run_config.resolve_pretrained(config)
+            vae, text_encoder = run_config.encoder_configs(pretrained)
             schedule = port.load_schedule(pretrained)
         else:
             is_2b = config.preset == "2b"
@@ -112,7 +109,7 @@ def _transformer_sizes(config: ConfigDict, vae: codec.CodecConfig, text_encoder:
     if source:
         return source.config()
     if "model" in config:
-        return setup_run.model_from_scratch(config, vae, text_encoder)
+        return run_config.model_from_scratch(config, vae, text_encoder)
     if config.preset not in _MODELS:
         raise UserError(f"there is no transformer in {stored}; set --config.checkpoint to a training workdir")
     return _MODELS[config.preset](mask=config.mask)
@@ -122,18 +119,18 @@ _MODELS = {"2b": DiTConfig.cogvideox_2b, "5b": DiTConfig.cogvideox_5b}
 
 
 def _compile_train(config: ConfigDict, mesh: Mesh, topology: Topology, sizes: Sizes) -> CompileReport:
-    program = setup_run.train_program(config, mesh, sizes.model, sizes.vae, sizes.schedule)
+    program = run_config.train_program(config, mesh, sizes.model, sizes.vae, sizes.schedule)
     layout = program.objective.layout
     needed = _model_flops(program.model, layout, mesh, config.global_batch_size, topology, True)
     return _compile("train step", lambda: program.lower("tpu"), mesh, topology, needed, layout)
 
 
 def _compile_denoise(config: ConfigDict, mesh: Mesh, topology: Topology, sizes: Sizes) -> CompileReport:
-    sampling = setup_run.sampling_config(config)
-    model = setup_run.with_run_settings(sizes.model, config)
-    layout = setup_run.scene_layout(config, model, sizes.vae)
+    sampling = run_config.sampling_config(config)
+    model = run_config.with_run_settings(sizes.model, config)
+    layout = run_config.scene_layout(config, model, sizes.vae)
     check_tokens(layout.num_tokens, mesh)
-    graph, params = abstract_module(DiT, model, setup_run.resolve_dtype(config.compute_dtype), mesh, sharding.DIT)
+    graph, params = abstract_module(DiT, model, run_config.resolve_dtype(config.compute_dtype), mesh, sharding.DIT)
     sampler = WindowSampler(graph, params, NoiseSchedule(sizes.schedule), sampling, mesh)
     needed = _model_flops(model, layout, mesh, 1 + sampling.guided, topology, False)
     return _compile("denoising step", lambda: sampler.lower(model, layout, "tpu"), mesh, topology, needed, layout)
@@ -141,8 +138,8 @@ def _compile_denoise(config: ConfigDict, mesh: Mesh, topology: Topology, sizes: 
 
 def _compile_encoders(config: ConfigDict, topology: Topology, sizes: Sizes, decode: bool) -> list[CompileReport]:
     """The frozen components, each for one scene on one host, as they run. Of these the FLOPs needed are not counted."""
-    dtype = setup_run.resolve_dtype(config.compute_dtype)
-    layout = setup_run.scene_layout(config, sizes.model, sizes.vae)
+    dtype = run_config.resolve_dtype(config.compute_dtype)
+    layout = run_config.scene_layout(config, sizes.model, sizes.vae)
     latent_size = [side * sizes.model.patch_size for side in layout.grid]
     host, frames = topology.host(), (config.num_frames, config.height, config.width)
     text_mesh, vae_mesh = local_mesh(devices=host.devices()), local_mesh(tuple(latent_size), host.devices())
@@ -150,11 +147,11 @@ def _compile_encoders(config: ConfigDict, topology: Topology, sizes: Sizes, deco
     vae_graph, vae_params = abstract_module(codec.module_class(sizes.vae), sizes.vae, dtype, vae_mesh, sharding.VAE)
     ids = _replicated(text_mesh, (1, layout.text_tokens), jnp.int32)
     programs = [("text encode", text_mesh, text_encode(text_graph), text_params, ids)]
-    encode, chunks = video_encode(vae_graph), codec.encode_chunks(sizes.vae, frames)
+    encode, chunks = video_encode(vae_graph), sizes.vae.encode_chunks(frames)
     programs += _chunk_programs("vae encode", vae_mesh, encode, vae_params, (*frames, 3), chunks)
     if decode:
         latents = (layout.frames[0], *latent_size, sizes.vae.latent_channels)
-        chunks = codec.decode_chunks(sizes.vae, latents[0], config.decode_chunking)
+        chunks = sizes.vae.decode_chunks(latents[0], config.decode_chunking)
         run = video_decode(vae_graph, sizes.vae.scaling_factor)
         programs += _chunk_programs("vae decode", vae_mesh, run, vae_params, latents, chunks)
 

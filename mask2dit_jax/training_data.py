@@ -15,23 +15,23 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mask2dit_jax import setup_run
+from mask2dit_jax import config as run_config
 from mask2dit_jax.curate.encode import Encoders, encode_clips
-from mask2dit_jax.data import records
-from mask2dit_jax.data.cache import CacheSettings, LatentCache
-from mask2dit_jax.data.pipeline import make_batches
-from mask2dit_jax.data.records import RecordShapes
-from mask2dit_jax.data.sampling import PretrainSampling, SftSampling
-from mask2dit_jax.data.scene_store import SceneStore
-from mask2dit_jax.data.scenes import ConsecutiveShots, UnrelatedClips
+from mask2dit_jax.data import latents
+from mask2dit_jax.data.batches import make_batches
+from mask2dit_jax.data.frames import PretrainSampling, SftSampling
+from mask2dit_jax.data.latent_cache import CacheSettings, LatentCache
+from mask2dit_jax.data.latents import RecordShapes
+from mask2dit_jax.data.samples import ConsecutiveShots, UnrelatedClips
+from mask2dit_jax.data.scene_store import LatentStore
 from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.data.sources import Group, NamedClip, Scan, scan_pretrain_csv, scan_sft_json
-from mask2dit_jax.encoders import TextEncoder, VideoCodec
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.models.dit import DiTConfig
 from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.parallel import distributed
-from mask2dit_jax.port import pretrained as port
+from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained.encoders import TextEncoder, VideoCodec
 
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
 
@@ -44,7 +44,7 @@ class TrainingData:
     unreadable while `batches` is read; each process knows of its own rows (`gather_skipped` knows of all).
     """
 
-    store: SceneStore
+    store: LatentStore
     samples: UnrelatedClips | ConsecutiveShots
     skipped: Skipped
 
@@ -95,7 +95,7 @@ def open_training_data(config: ConfigDict, pretrained, model: DiTConfig) -> Trai
             "no data: set --config.data.path to the csv (pretrain) or json (sft) of your clips, or to their latents"
         )
     settings = latent_settings(config, pretrained, model.text_tokens)
-    if records.is_data_set(data.path):
+    if latents.is_data_set(data.path):
         return _open_records(config, settings, pretrained)
     return _encode_online(config, settings, pretrained)
 
@@ -128,7 +128,7 @@ def latent_settings(config: ConfigDict, pretrained, text_tokens: int) -> CacheSe
 
 def record_shapes(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> RecordShapes:
     """Of the encoded scenes that a transformer is trained with."""
-    layout = setup_run.scene_layout(config, model, vae)
+    layout = run_config.scene_layout(config, model, vae)
     height, width = (side * model.patch_size for side in layout.grid)
     latents = (layout.frames[0], height, width, model.latent_channels)
     return RecordShapes(latents, (model.text_tokens, model.text_embed_dim))
@@ -136,7 +136,7 @@ def record_shapes(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> Recor
 
 def load_encoders(config: ConfigDict, pretrained, text_tokens: int) -> Encoders:
     """The VAE and the text encoder, on the devices of this process."""
-    dtype = setup_run.resolve_dtype(config.compute_dtype)
+    dtype = run_config.resolve_dtype(config.compute_dtype)
     return Encoders(VideoCodec(pretrained, dtype).encode, TextEncoder(pretrained, text_tokens, dtype))
 
 
@@ -147,8 +147,8 @@ def _open_records(config: ConfigDict, settings: CacheSettings, pretrained) -> Tr
     if not all(port.has_weights(pretrained, name) for name in ("vae", "text_encoder")):
         logging.info("%s has no encoder weights: it is not checked that %s was made with them", pretrained, path)
         ignored.append("encoders")
-    records.check_settings(path, settings, tuple(ignored))
-    store = records.SceneRecords(path)
+    latents.check_settings(path, settings, tuple(ignored))
+    store = latents.SceneRecords(path)
     index = store.index
     skipped = Skipped(len(index.clips) + len(index.skipped), config.data.max_skipped_share)
     for name, reason in index.skipped.items():

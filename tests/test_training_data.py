@@ -9,14 +9,15 @@ import pytest
 from absl import logging
 
 from configs import pretrain, sft
-from mask2dit_jax import build_data, setup_run, training_data
+from mask2dit_jax import build_data, training_data
+from mask2dit_jax import config as run_config
 from mask2dit_jax.curate.encode import Encoders
 from mask2dit_jax.data.sources import Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.training_data import open_training_data
 from tests.data.clips import make_clip
 
-TINY = setup_run.ASSETS / "tiny"
+TINY = run_config.ASSETS / "tiny"
 STAGES = {"pretrain": (pretrain, "pretrain.csv"), "sft": (sft, "sft.json")}
 
 
@@ -28,7 +29,7 @@ def configure(stage, path, **data):
 
 
 def model_of(config):
-    return setup_run.model_from_scratch(config, *setup_run.encoder_configs(config.pretrained))
+    return run_config.model_from_scratch(config, *run_config.encoder_configs(config.pretrained))
 
 
 def open_data(config):

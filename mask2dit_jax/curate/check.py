@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from tqdm import tqdm
 
 from mask2dit_jax.curate.encode import frame_choices
-from mask2dit_jax.data.sampling import PretrainSampling, SftSampling
-from mask2dit_jax.data.scenes import window_starts
+from mask2dit_jax.data.frames import PretrainSampling, SftSampling
+from mask2dit_jax.data.samples import window_starts
 from mask2dit_jax.data.sources import Clip, Scan, printable
 from mask2dit_jax.errors import UserError
 

@@ -7,13 +7,13 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from mask2dit_jax.data.cache import CacheSettings, EncodedClip, LatentCache
-from mask2dit_jax.data.sampling import FrameChoices, PretrainSampling, SftSampling
+from mask2dit_jax.data.frames import FrameChoices, PretrainSampling, SftSampling
+from mask2dit_jax.data.latent_cache import CacheSettings, EncodedClip, LatentCache
 from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.data.sources import Clip
-from mask2dit_jax.data.transforms import fit_frames
-from mask2dit_jax.data.video import probe, read_frames
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.media.transforms import fit_frames
+from mask2dit_jax.media.video_reader import probe, read_frames
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ from PIL import Image
 from scenedetect import ContentDetector, FrameTimecode
 from tqdm import tqdm
 
-from mask2dit_jax.data.video import iter_frames, probe
-from mask2dit_jax.data.video_writer import write_video
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.media.video_reader import iter_frames, probe
+from mask2dit_jax.media.video_writer import write_video
 
 _DETECTION_WIDTH = 256  # pixels; PySceneDetect's own programs look at videos in about this size
 

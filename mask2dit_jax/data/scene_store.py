@@ -17,7 +17,7 @@ class UnreadableScene(UserError):
 
 
 @runtime_checkable
-class SceneStore(Protocol):
+class LatentStore(Protocol):
     """Latents and embeddings of clips. `variants`: how many choices of frames there are of each."""
 
     variants: int

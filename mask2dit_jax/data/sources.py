@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from mask2dit_jax.data.output_file import atomic_output
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.atomic import atomic_output
 
 CSV_COLUMNS = ("fps", "width", "height", "caption", "path", "num_frame")
 _TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # other bytes may be a file's name: they are kept

@@ -21,14 +21,15 @@ from mask2dit_jax.axes import Floats, Ints, NpInts
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.lora import AdaptedLinear, LoRAConfig
-from mask2dit_jax.ops import attention_splash, positions
-from mask2dit_jax.ops.attention import attend
+from mask2dit_jax.ops import positions
+from mask2dit_jax.ops.attention.api import attend
+from mask2dit_jax.ops.attention.residuals import RESIDUALS
 from mask2dit_jax.parallel.sharding import HEADS, HIDDEN, SAMPLES, TOKENS, constrain
 
 QK_NORM_EPS = 1e-6  # fixed in the reference; the other norms read norm_eps
 
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-_ATTENTION = jax.checkpoint_policies.save_only_these_names(attention_splash.RESIDUALS)
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -213,7 +214,7 @@ class AdaLayerNormZero(nnx.Module):
         return self.norm(x) * (1 + scale) + shift, gate
 
 
-class Attention(nnx.Module):
+class JointAttention(nnx.Module):
     """Joint self-attention with a LayerNorm on every head's queries and keys."""
 
     def __init__(self, config: DiTConfig, **kwargs):
@@ -249,10 +250,10 @@ class FeedForward(nnx.Module):
         return self.down(constrain(jax.nn.gelu(self.up(x), approximate=True), HIDDEN))
 
 
-class Block(nnx.Module):
+class DiTBlock(nnx.Module):
     def __init__(self, config: DiTConfig, **kwargs):
         self.norm1 = AdaLayerNormZero(config, **kwargs)
-        self.attn = Attention(config, **kwargs)
+        self.attn = JointAttention(config, **kwargs)
         self.norm2 = AdaLayerNormZero(config, **kwargs)
         self.mlp = FeedForward(config, **kwargs)
 
@@ -301,7 +302,7 @@ class DiT(nnx.Module):
         self.patch_embed = nnx.Linear(patch_dim, config.width, rngs=rngs, **kwargs)
         self.text_embed = nnx.Linear(config.text_embed_dim, config.width, rngs=rngs, **kwargs)
         self.time_embed = TimeEmbedding(config, rngs=rngs, **kwargs)
-        self.blocks = _stack(lambda r: Block(config, rngs=r, **kwargs), config.num_layers, rngs)
+        self.blocks = _stack(lambda r: DiTBlock(config, rngs=r, **kwargs), config.num_layers, rngs)
         self.norm_final = _layer_norm(config.width, config.norm_eps, rngs=rngs, **kwargs)
         self.modulation_out = Modulation(config, kinds=1, parts=2, rngs=rngs, **kwargs)
         self.norm_out = _layer_norm(config.width, config.norm_eps, rngs=rngs, **kwargs)

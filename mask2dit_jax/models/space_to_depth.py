@@ -52,6 +52,14 @@ class SpaceToDepthConfig:
         """Latent rows and columns of the videos it is meant for."""
         return self.sample_height // self.spatial_compression_ratio, self.sample_width // self.spatial_compression_ratio
 
+    def encode_chunks(self, size: tuple[int, int, int]) -> list[slice]:
+        """Return the one chunk of a clip of (frames, height, width): frames do not depend on each other."""
+        return [slice(0, size[0])]
+
+    def decode_chunks(self, frames: int, chunking: str = "mask2dit") -> list[slice]:
+        """Return the one chunk of so many latent frames, whatever the chunking."""
+        return [slice(0, frames)]
+
 
 class SpaceToDepth(nnx.Module):
     """The VAE's methods, without parameters. The posterior has no spread worth the name."""

@@ -42,7 +42,7 @@ class T5Config:
 
     @classmethod
     def tiny(cls) -> "T5Config":
-        """The encoder that ships in `assets/tiny`; random, see recipes/tiny_text.py."""
+        """The encoder that ships in `assets/tiny`; random, see experiments/recipes/tiny_text.py."""
         return cls(vocab_size=640, width=64, hidden_width=128, num_layers=2, num_heads=4, head_dim=16)
 
     @classmethod
@@ -108,7 +108,7 @@ def position_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> Np
     return (np.where(offsets > 0, half, 0) + np.where(distances < exact, distances, logarithmic)).astype(np.int32)
 
 
-class Attention(nnx.Module):
+class T5Attention(nnx.Module):
     """Self-attention of T5: no biases, and no scaling of the logits (the initialiser of the queries absorbs it)."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, **dtypes):
@@ -141,10 +141,10 @@ class Mlp(nnx.Module):
         return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
 
 
-class Block(nnx.Module):
+class T5Block(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, **dtypes):
         self.attn_norm = _rms_norm(config, rngs=rngs, **dtypes)
-        self.attn = Attention(config, rngs=rngs, **dtypes)
+        self.attn = T5Attention(config, rngs=rngs, **dtypes)
         self.mlp_norm = _rms_norm(config, rngs=rngs, **dtypes)
         self.mlp = Mlp(config, rngs=rngs, **dtypes)
 
@@ -172,7 +172,7 @@ class T5Encoder(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked_blocks(rngs):
-            return Block(config, rngs=rngs, **dtypes)
+            return T5Block(config, rngs=rngs, **dtypes)
 
         self.blocks = stacked_blocks(rngs)
         self.final_norm = _rms_norm(config, rngs=rngs, **dtypes)

@@ -119,7 +119,33 @@ class VAEConfig:
 
     @property
     def spatial_compression_ratio(self) -> int:
+        """Pixels along a side that become one latent."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    def encode_chunks(self, size: tuple[int, int, int]) -> list[slice]:
+        """Return the time chunks in which a clip of (frames, height, width) is encoded.
+
+        Raises:
+            UserError: sizes are no multiple of 8, or the frames are neither 4k + 1 nor 4k.
+        """
+        frames, height, width = size
+        space, time = self.spatial_compression_ratio, self.temporal_compression_ratio
+        if height % space or width % space or not height or not width:
+            raise UserError(f"the VAE takes heights and widths that are multiples of {space}, not {height} x {width}")
+        if frames == 0 or frames % time > 1:
+            raise UserError(
+                f"the VAE takes clips of {time}k + 1 frames (1, {time + 1}, {2 * time + 1}, ...), not {frames}"
+            )
+        return _chunks(frames, frames if frames < ENCODE_CHUNK else ENCODE_CHUNK + frames % ENCODE_CHUNK, ENCODE_CHUNK)
+
+    def decode_chunks(self, frames: int, chunking: str = "mask2dit") -> list[slice]:
+        """Return the time chunks in which so many latent frames are decoded; `VAE.decode` explains `chunking`."""
+        if chunking not in CHUNKINGS:
+            raise UserError(f"VAE chunking {chunking!r} does not exist; choose one of {', '.join(CHUNKINGS)}")
+        if frames == 0:
+            raise UserError("the VAE cannot decode a clip of 0 latent frames")
+        alone = chunking == "mask2dit" or frames == 1
+        return _chunks(frames, 1 if alone else DECODE_CHUNK + frames % DECODE_CHUNK, DECODE_CHUNK)
 
 
 class Posterior(NamedTuple):
@@ -488,7 +514,7 @@ class VAE(nnx.Module):
         Raises:
             UserError: sizes are no multiple of 8, or the frames are neither 4k + 1 nor 4k.
         """
-        first, *_ = encode_chunks(self.config, pixels.shape[1:4])
+        first, *_ = self.config.encode_chunks(pixels.shape[1:4])
         moments = _in_chunks(self.encoder, self._placed(pixels), first.stop, ENCODE_CHUNK)
         return _posterior(moments)
 
@@ -499,7 +525,7 @@ class VAE(nnx.Module):
             chunking: "mask2dit" decodes latent 0 alone, then two at a time (the authors' code, what the released
                 weights were sampled with); "diffusers" two at a time, an odd one joining the first two.
         """
-        first, *_ = decode_chunks(latents.shape[1], chunking)
+        first, *_ = self.config.decode_chunks(latents.shape[1], chunking)
         return _in_chunks(self.decoder, self._placed(latents), first.stop, DECODE_CHUNK).astype(jnp.float32)
 
     def encode_chunk(self, pixels: Floats["b f h w c"], cache: Cache) -> tuple[Posterior, Cache]:
@@ -514,31 +540,6 @@ class VAE(nnx.Module):
 
     def _placed(self, x: Floats["b f h w c"]) -> Floats["b f h w c"]:
         return constrain(x.astype(self.dtype), FRAMES)
-
-
-def encode_chunks(config: VAEConfig, size: tuple[int, int, int]) -> list[slice]:
-    """The time chunks in which a clip of (frames, height, width) is encoded.
-
-    Raises:
-        UserError: sizes are no multiple of 8, or the frames are neither 4k + 1 nor 4k.
-    """
-    frames, height, width = size
-    space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
-    if height % space or width % space or not height or not width:
-        raise UserError(f"the VAE takes heights and widths that are multiples of {space}, not {height} x {width}")
-    if frames == 0 or frames % time > 1:
-        raise UserError(f"the VAE takes clips of {time}k + 1 frames (1, {time + 1}, {2 * time + 1}, ...), not {frames}")
-    return _chunks(frames, frames if frames < ENCODE_CHUNK else ENCODE_CHUNK + frames % ENCODE_CHUNK, ENCODE_CHUNK)
-
-
-def decode_chunks(frames: int, chunking: str) -> list[slice]:
-    """The time chunks in which so many latent frames are decoded; see `VAE.decode`."""
-    if chunking not in CHUNKINGS:
-        raise UserError(f"VAE chunking {chunking!r} does not exist; choose one of {', '.join(CHUNKINGS)}")
-    if frames == 0:
-        raise UserError("the VAE cannot decode a clip of 0 latent frames")
-    alone = chunking == "mask2dit" or frames == 1
-    return _chunks(frames, 1 if alone else DECODE_CHUNK + frames % DECODE_CHUNK, DECODE_CHUNK)
 
 
 def _chunks(frames: int, first: int, size: int) -> list[slice]:

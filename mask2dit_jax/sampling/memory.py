@@ -9,7 +9,7 @@ from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.dit import DiTConfig
 from mask2dit_jax.models.t5 import T5Config
 from mask2dit_jax.models.vae import VAEConfig
-from mask2dit_jax.port.pretrained import COMPONENTS
+from mask2dit_jax.pretrained.directory import COMPONENTS
 
 _GIB = 2**30
 

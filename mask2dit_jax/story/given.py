@@ -12,9 +12,9 @@ from absl import logging
 from jaxtyping import Float32
 from PIL import ExifTags, Image
 
-from mask2dit_jax.data.transforms import fit_frames, resized_shape
-from mask2dit_jax.data.video import VideoInfo, probe, read_frames
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.media.transforms import fit_frames, resized_shape
+from mask2dit_jax.media.video_reader import VideoInfo, probe, read_frames
 from mask2dit_jax.story.story import Scene, is_picture
 
 _MUCH = 0.4  # of a picture that is cut away without a warning

@@ -25,8 +25,8 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mask2dit_jax.errors import UserError, is_no_answer
+from mask2dit_jax.io.paths import absolute
 from mask2dit_jax.parallel.sharding import name_of
-from mask2dit_jax.paths import absolute
 from mask2dit_jax.training.step import TrainState
 
 FOLDER = "checkpoints"

@@ -11,7 +11,7 @@ from absl import logging
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel.chips import chip_of
-from mask2dit_jax.training.event_file import EventFile
+from mask2dit_jax.training.events import EventFile
 from mask2dit_jax.training.step import NUM_BUCKETS
 
 

@@ -15,10 +15,10 @@ from jax.typing import DTypeLike
 
 from mask2dit_jax.axes import Array
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.memoryless import memoryless
 from mask2dit_jax.models import flops, lora
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.parallel import sharding
+from mask2dit_jax.parallel.abstract import memoryless
 from mask2dit_jax.parallel.mesh import check_batch, check_tokens
 from mask2dit_jax.training import trainable
 from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -20,7 +20,7 @@ def draw(layouts: Sequence[SceneLayout], seed: int, step: int) -> SceneLayout:
     return layouts[np.random.default_rng([seed, step, _STREAM]).integers(len(layouts))]
 
 
-def cut(batch: dict[str, np.ndarray], stored: SceneLayout, wanted: SceneLayout) -> dict[str, np.ndarray]:
+def cut_scenes(batch: dict[str, np.ndarray], stored: SceneLayout, wanted: SceneLayout) -> dict[str, np.ndarray]:
     """The leading latent frames of each scene; what has no frames stays."""
     if stored == wanted:
         return batch

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from mask2dit_jax.axes import Array, Floats, Ints
-from mask2dit_jax.diffusion import scenes
+from mask2dit_jax.diffusion import conditioning
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
@@ -39,7 +39,7 @@ class Objective:
     condition: str = "clean"
 
     def __post_init__(self):
-        scenes.check_condition(self.condition)
+        conditioning.check_condition(self.condition)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +122,14 @@ def denoising_loss(
         The loss, and {"loss_per_sample": (b), "prediction", "noisy", "target": (b f h w c)}.
     """
     layout, schedule = objective.layout, objective.schedule
-    per_scene = scenes.scene_timesteps(timesteps, is_known)
-    noisy = scenes.noisy_latents(
+    per_scene = conditioning.scene_timesteps(timesteps, is_known)
+    noisy = conditioning.noisy_latents(
         schedule, latents, noise, per_scene, is_known, layout=layout, condition=objective.condition
     )
     prediction = model(noisy, text, per_scene, layout=layout)
     target = schedule.velocity(latents, noise, per_scene[:, layout.frame_scenes])
     error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
-    loss, per_sample = scenes.scene_losses(error, is_known, layout=layout)
+    loss, per_sample = conditioning.scene_losses(error, is_known, layout=layout)
     return loss, {"loss_per_sample": per_sample, "prediction": prediction, "noisy": noisy, "target": target}
 
 
@@ -233,7 +233,7 @@ def _draw_inputs(key: Array, batch: Batch, objective: Objective):
     noise = jax.random.normal(noise_key, latents.shape)
     num_samples = len(latents)
     timesteps = jax.random.randint(time_key, (num_samples,), 0, objective.schedule.config.num_train_timesteps)
-    is_known = scenes.draw_is_known(
+    is_known = conditioning.draw_is_known(
         known_key, num_samples, objective.layout.num_scenes, objective.condition_probability
     )
     return latents, batch["text"], noise, timesteps, is_known

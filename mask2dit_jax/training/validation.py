@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mask2dit_jax.diffusion import scenes
+from mask2dit_jax.diffusion import conditioning
 from mask2dit_jax.training.step import Batch, Objective, denoising_loss, draw_latents
 
 NUM_TIMESTEPS = 5
@@ -45,7 +45,7 @@ def make_validation(graph: nnx.GraphDef, objective: Objective, seed: int):
         size, num_scenes = len(latents), objective.layout.num_scenes
 
         def losses(probability):
-            is_known = scenes.draw_is_known(known_key, size, num_scenes, probability)
+            is_known = conditioning.draw_is_known(known_key, size, num_scenes, probability)
 
             def loss_at(timestep):
                 inputs = latents, batch["text"], noise, jnp.full(size, timestep), is_known

@@ -1,5 +1,5 @@
 from mask2dit_jax.curate.check import check_clips
-from mask2dit_jax.data.sampling import PretrainSampling, SftSampling
+from mask2dit_jax.data.frames import PretrainSampling, SftSampling
 from mask2dit_jax.data.sources import Group, Scan
 from tests.data.clips import make_clip
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mask2dit_jax.curate.encode import Encoders, encode_clips
-from mask2dit_jax.data.cache import CacheSettings, LatentCache
-from mask2dit_jax.data.sampling import PretrainSampling, SftSampling
+from mask2dit_jax.data.frames import PretrainSampling, SftSampling
+from mask2dit_jax.data.latent_cache import CacheSettings, LatentCache
 from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.errors import UserError
 from tests.data.clips import GREY_STEP, make_clip

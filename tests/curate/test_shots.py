@@ -7,9 +7,9 @@ import pytest
 
 from mask2dit_jax.curate.demo import demo_videos
 from mask2dit_jax.curate.shots import find_shots, write_shots
-from mask2dit_jax.data.video import iter_frames, probe, read_frames
-from mask2dit_jax.data.video_writer import write_video
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.media.video_reader import iter_frames, probe, read_frames
+from mask2dit_jax.media.video_writer import write_video
 
 CUTS = (0, 25, 60, 90)
 

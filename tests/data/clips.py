@@ -3,7 +3,7 @@
 import numpy as np
 
 from mask2dit_jax.data.sources import Clip
-from mask2dit_jax.data.video_writer import write_video
+from mask2dit_jax.media.video_writer import write_video
 
 GREY_STEP = 3  # between the grey levels of neighbouring frames: far more than what the encoder loses
 

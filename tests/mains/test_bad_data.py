@@ -141,15 +141,15 @@ def test_videos_to_cut(commands, tmp_path, clips):
 
 def test_report(commands, tmp_path, clips):
     dataset = Dataset.write(tmp_path, clips)
-    line = commands.fail("report", f"--story={tmp_path}", f"--shots={dataset.csv}")
+    line = commands.fail("evaluate", f"--story={tmp_path}", f"--shots={dataset.csv}")
     assert f"cannot read {tmp_path / 'run.json'}" in line
     run = {
         "config": {"height": 32, "width": 48, "fps": 8},
         "story": {"scenes": [{"prompt": clip.caption} for clip in clips]},
     }
     (tmp_path / "run.json").write_text(json.dumps(run))
-    line = commands.fail("report", f"--story={tmp_path}", f"--shots={dataset.csv}")
+    line = commands.fail("evaluate", f"--story={tmp_path}", f"--shots={dataset.csv}")
     assert f"{tmp_path / 'scene_01.mp4'}: no such file" in line
     replace_by_pdf(clips[2].path)
-    line = commands.fail("report", f"--story={tmp_path}", f"--shots={dataset.csv}")
+    line = commands.fail("evaluate", f"--story={tmp_path}", f"--shots={dataset.csv}")
     assert f"{clips[2].path}: damaged, truncated or not a video" in line

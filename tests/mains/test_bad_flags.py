@@ -140,12 +140,12 @@ def test_sample(commands, pretrain_workdir, tmp_path, flag, told):
         ("build_data", ["--check=a.csv", f"--config={SAMPLE}"], ["no field 'num_steps'", "made for"]),
         ("build_data", ["--check=nowhere.csv", f"--config={TRAIN}"], ["nowhere.csv: cannot be read"]),
         ("build_data", ["--encode=nowhere.csv", f"--config={TRAIN}", "--output=new"], ["nowhere.csv: cannot be"]),
-        ("report", [], ["--shots and --story must be given"]),
+        ("evaluate", [], ["--shots and --story must be given"]),
         ("sample", ["--repeat=setup.py", "--output=out"], ["setup.py"]),
         ("sample", ["--repeat=run.json", f"--config={SAMPLE}", "--output=out"], ["leave out --config and --story"]),
         ("sample", ["--repeat=run.json", "--story=a.yaml", "--output=out"], ["leave out --config and --story"]),
         ("sample", ["--repeat=nowhere/run.json", "--output=out"], ["nowhere/run.json"]),
-        ("report", ["--story=nowhere", "--shots=nowhere.csv"], ["nowhere/run.json"]),
+        ("evaluate", ["--story=nowhere", "--shots=nowhere.csv"], ["nowhere/run.json"]),
     ],
 )
 def test_other_command_lines(commands, main, flags, told):
@@ -176,7 +176,7 @@ def test_folders_that_cannot_be_written(commands, dataset, pretrain_workdir, tmp
     assert f"cannot write {below / 'run.json'}" in line
 
 
-@pytest.mark.parametrize("main", ["train", "sample", "port_weights", "build_data", "report"])
+@pytest.mark.parametrize("main", ["train", "sample", "port_weights", "build_data", "evaluate"])
 def test_help(commands, main):
     finished = commands(main, "--help")
     assert "--" in finished.stdout

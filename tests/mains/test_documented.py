@@ -10,7 +10,7 @@ import pytest
 from ml_collections.config_flags import config_flags
 
 from configs import common, slices
-from mask2dit_jax import setup_run
+from mask2dit_jax import config as run_config
 from mask2dit_jax.curate.demo import DEMO_CAPTIONS
 from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.models.dit import DiTConfig
@@ -32,7 +32,7 @@ def test_configs(stage, preset):
     config = load_config(f"configs/{stage}.py:{preset}")
     assert config.is_locked
     main, own_field = STAGES[stage]
-    setup_run.check_values(config, main, own_field)
+    run_config.check_values(config, main, own_field)
     assert {"seed", "num_scenes", "mask"} <= set(config)
     if main == "sample":
         SamplerConfig(**config.sampler.to_dict())
@@ -155,7 +155,7 @@ def test_stories(text, tmp_path):
 
 def test_the_readme_shows_the_programs():
     modules = {shlex.split(command)[2] for command in in_pages("README.md")}
-    mains = ("build_data", "train", "train_compile", "sample", "report", "port_weights", "desk_evidence")
+    mains = ("build_data", "train", "train_compile", "sample", "evaluate", "port_weights")
     assert modules == {f"mask2dit_jax.{main}" for main in mains}
 
 
@@ -164,7 +164,7 @@ def test_the_readme_shows_the_programs():
     [
         ("setup", ["-m venv .venv", '".[demo,test]"']),
         ("demo", ["train --config=configs/sft.py:tiny", "sample --config=configs/sample.py:tiny --output=demo"]),
-        ("desk", ["desk_evidence --finding=table2 --output=desk"]),
+        ("desk", ["experiments/desk --finding=table2 --output=desk"]),
         ("test", ["-m pytest"]),
         ("lint", ["ruff check", "ruff format --check", "lint-imports"]),
     ],

@@ -14,13 +14,13 @@ from safetensors.numpy import load_file
 from transformers import T5EncoderModel
 
 from configs import common
-from mask2dit_jax import setup_run
+from mask2dit_jax import config as run_config
 from mask2dit_jax.models.dit import DiT
 from mask2dit_jax.models.t5 import T5Encoder
 from mask2dit_jax.models.vae import VAE
 from mask2dit_jax.ops import positions
-from mask2dit_jax.port import pretrained as port
-from mask2dit_jax.transformer import TransformerSource
+from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained.transformer_source import TransformerSource
 from tests.mains.conftest import HEIGHT, PROMPTS, SMALL, TINY, WIDTH, settings
 from tests.mains.test_sample import frames
 from tests.parity.cases import assert_close
@@ -96,7 +96,7 @@ def test_a_ported_workdir_samples_the_same_as_its_directory(commands, authors, p
 def test_weights_made_with_another_mask_are_told_of(authors, caplog):
     model = port.load_config(authors, "transformer")
     config = common.common("5b")
-    assert setup_run.with_run_settings(model, config).mask == "v2"
+    assert run_config.with_run_settings(model, config).mask == "v2"
     assert "made with mask v4, this run takes v2" in caplog.text
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mask2dit_jax.data.video import iter_frames, probe
+from mask2dit_jax.media.video_reader import iter_frames, probe
 from tests.mains.conftest import COLOURS, FPS, HEIGHT, PROMPTS, SMALL, WIDTH, settings
 
 
@@ -56,8 +56,8 @@ def test_the_story_is_its_scenes(story):
 def test_report(commands, story, dataset):
     """Two steps of training make no pictures, so a scene looks like any shot; every distance is told all the same."""
     output, _ = story
-    finished = commands("report", f"--story={output}", f"--shots={dataset.csv}")
-    report = json.loads((output / "report.json").read_text())
+    finished = commands("evaluate", f"--story={output}", f"--shots={dataset.csv}")
+    report = json.loads((output / "evaluation.json").read_text())
     assert [scene["described_shot"] for scene in report["scenes"]] == [clip.name for clip in dataset.clips]
     assert all(scene["distances"].keys() == {clip.name for clip in dataset.clips} for scene in report["scenes"])
     assert report["correct"] == sum(scene["correct"] for scene in report["scenes"])

@@ -6,7 +6,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mask2dit_jax.training.checkpoint import find, read_record
-from tests.training.test_event_file import read_events
+from tests.training.test_events import read_events
 
 RATE = 1e-3
 

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mask2dit_jax.encoders import VideoCodec
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.models import codec
 from mask2dit_jax.models.space_to_depth import SpaceToDepth, SpaceToDepthConfig
 from mask2dit_jax.models.vae import VAE, VAEConfig
-from mask2dit_jax.port.pretrained import load_config
-from mask2dit_jax.port.weights import write_json
+from mask2dit_jax.pretrained.directory import load_config
+from mask2dit_jax.pretrained.encoders import VideoCodec
+from mask2dit_jax.pretrained.safetensors import write_json
 
 CONFIG = SpaceToDepthConfig(2, scaling_factor=1.5, sample_height=4, sample_width=6)
 

@@ -15,14 +15,14 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer, T5EncoderModel
 
 import mask2dit_jax
-from mask2dit_jax.data.text import count_tokens, load_tokenizer, tokenize
+from mask2dit_jax.models.port_t5 import TABLE
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
-from mask2dit_jax.port.t5 import TABLE
-from mask2dit_jax.port.weights import load_state, open_weights, read_json
+from mask2dit_jax.pretrained.safetensors import load_state, open_weights, read_json
+from mask2dit_jax.pretrained.tokenizer import count_tokens, load_tokenizer, tokenize
 
 ROOT = Path(mask2dit_jax.__file__).parents[1]
 TINY = ROOT / "mask2dit_jax/assets/tiny"
-CAPTIONS = (ROOT / "recipes/tiny_captions.txt").read_text().splitlines()[::8]
+CAPTIONS = (ROOT / "experiments/recipes/tiny_captions.txt").read_text().splitlines()[::8]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_two_tokens_a_word():
 
 def test_the_recipe_makes_what_ships(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "recipes/tiny_text.py"), f"--output={tmp_path}"]
+    command = [sys.executable, str(ROOT / "experiments/recipes/tiny_text.py"), f"--output={tmp_path}"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert _names(tmp_path) == {name for name in _names(TINY) if name.startswith(("tokenizer/", "text_encoder/"))}
     for name in (name for name in _names(tmp_path) if name.endswith(".json")):

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.memoryless import memoryless
 from mask2dit_jax.models import vae as vae_module
 from mask2dit_jax.models.vae import VAE, Posterior, VAEConfig, _conv_3d, _conv_by_taps, _conv_over_channels
+from mask2dit_jax.parallel.abstract import memoryless
 
 TINY = VAEConfig(block_out_channels=(4, 4, 8), latent_channels=2, layers_per_block=1, norm_num_groups=2)
 

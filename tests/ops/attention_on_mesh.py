@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 import tests.conftest  # noqa: F401  the signatures are checked here too
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.ops.attention import IMPLEMENTATIONS, dense_attention
-from mask2dit_jax.ops.attention_splash import splash_attention
+from mask2dit_jax.ops.attention.api import IMPLEMENTATIONS, dense_attention
+from mask2dit_jax.ops.attention.splash import splash_attention
 from mask2dit_jax.ops.masks import PREDICATES
 from mask2dit_jax.parallel.mesh import AXES
 from tests.xla_flags import XLA_FLAGS

@@ -11,9 +11,9 @@ from jax.extend.core import jaxprs_in_params
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.ops import attention_grouped
-from mask2dit_jax.ops.attention import IMPLEMENTATIONS, attend
-from mask2dit_jax.ops.attention_splash import RESIDUALS
+from mask2dit_jax.ops.attention import grouped
+from mask2dit_jax.ops.attention.api import IMPLEMENTATIONS, attend
+from mask2dit_jax.ops.attention.residuals import RESIDUALS
 from mask2dit_jax.ops.masks import PREDICATES, dense_mask
 
 EQUAL = SceneLayout(frames=(2, 2), grid=(1, 2), text_tokens=2)
@@ -87,7 +87,7 @@ def test_a_policy_that_keeps_attention_keeps_what_the_backward_kernels_need(caps
 
 @pytest.mark.parametrize("mask", PREDICATES)
 def test_blocks_of_queries_change_nothing(mask, monkeypatch):
-    monkeypatch.setattr(attention_grouped, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(grouped, "QUERY_BLOCK", 3)
     q, k, v = random_qkv(UNEQUAL, batch=2)
     out = make_attend(mask, UNEQUAL, "grouped")(q, k, v)
     np.testing.assert_allclose(out, masked_softmax(q, k, v, dense_mask(mask, UNEQUAL)), atol=2e-6)
@@ -97,7 +97,7 @@ def test_blocks_of_queries_change_nothing(mask, monkeypatch):
 
 @pytest.mark.parametrize("mask", PREDICATES)
 def test_off_the_cpu_all_heads_go_together(mask, monkeypatch):
-    monkeypatch.setattr(attention_grouped, "platform", lambda: "gpu")
+    monkeypatch.setattr(grouped, "platform", lambda: "gpu")
     q, k, v = random_qkv(UNEQUAL, batch=2)
     out = make_attend(mask, UNEQUAL, "grouped")(q, k, v)
     np.testing.assert_allclose(out, masked_softmax(q, k, v, dense_mask(mask, UNEQUAL)), atol=2e-6)
@@ -123,7 +123,7 @@ def test_grouped_attention_never_holds_a_square_array(mask):
     shape = jax.ShapeDtypeStruct((1, tokens, 1, 16), jnp.float32)
     run = functools.partial(attend, mask=mask, layout=layout, implementation="grouped")
     jaxpr = jax.make_jaxpr(jax.grad(lambda *args: run(*args).sum(), argnums=(0, 1, 2)))(shape, shape, shape)
-    assert largest_token_pair_array(jaxpr.jaxpr, tokens) <= attention_grouped.QUERY_BLOCK * tokens
+    assert largest_token_pair_array(jaxpr.jaxpr, tokens) <= grouped.QUERY_BLOCK * tokens
     dense = jax.make_jaxpr(functools.partial(attend, mask=mask, layout=layout, implementation="dense"))
     assert largest_token_pair_array(dense(shape, shape, shape).jaxpr, tokens) >= tokens**2
 

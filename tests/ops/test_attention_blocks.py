@@ -7,9 +7,9 @@ import pytest
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.ops.attention_blocks import make_plan
-from mask2dit_jax.ops.attention_move import Move, Moves, move
-from mask2dit_jax.ops.attention_splash import _mask_channels, choose_way, splash_work
+from mask2dit_jax.ops.attention.permute import Move, Moves, move
+from mask2dit_jax.ops.attention.splash import _mask_channels, choose_way, splash_work
+from mask2dit_jax.ops.attention.splash_plan import make_plan
 from mask2dit_jax.ops.masks import PREDICATES, dense_mask
 
 UNEQUAL = SceneLayout(frames=(3, 1, 5), grid=(7, 13), text_tokens=61)

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.ops.attention import attend
-from mask2dit_jax.ops.attention_splash import splash_attention
+from mask2dit_jax.ops.attention.api import attend
+from mask2dit_jax.ops.attention.splash import splash_attention
 from mask2dit_jax.parallel.chips import parse_topology
 from mask2dit_jax.parallel.mesh import AXES, BATCH, CONTEXT, TENSOR
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from mask2dit_jax.port import table as port
+from mask2dit_jax.models import port_rules as port
 
 FIXTURES = Path(os.environ.get("MASK2DIT_FIXTURES", Path(__file__).parents[1] / "fixtures"))
 

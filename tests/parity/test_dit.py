@@ -12,9 +12,9 @@ from diffusers import CogVideoXTransformer3DModel
 from flax import nnx
 
 from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.models.port_dit import table
 from mask2dit_jax.ops import positions
 from mask2dit_jax.ops.masks import dense_mask
-from mask2dit_jax.port.dit import table
 from tests.parity.cases import assert_close, cases, load, to_channels_last
 
 TOLERANCE = 5e-5

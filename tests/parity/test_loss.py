@@ -10,8 +10,8 @@ from flax import nnx
 
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.port.dit import table
-from mask2dit_jax.port.table import export
+from mask2dit_jax.models.port_dit import table
+from mask2dit_jax.models.port_rules import export
 from mask2dit_jax.training.step import Objective, denoising_loss
 from tests.parity.cases import assert_close, cases, load, to_channels_last
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mask2dit_jax.data.sampling import PretrainSampling, SftSampling
+from mask2dit_jax.data.frames import PretrainSampling, SftSampling
 from mask2dit_jax.errors import UserError
 from tests.parity.cases import cases
 

@@ -9,8 +9,8 @@ from flax import nnx
 from transformers import T5Config as TorchT5Config
 from transformers import T5EncoderModel
 
+from mask2dit_jax.models.port_t5 import TABLE
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
-from mask2dit_jax.port.t5 import TABLE
 from tests.parity.cases import assert_close, cases, load
 
 TOLERANCE = 5e-5

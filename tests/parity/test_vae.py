@@ -12,9 +12,9 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from flax import nnx
 
+from mask2dit_jax.models import port_rules as port
+from mask2dit_jax.models.port_vae import TABLE
 from mask2dit_jax.models.vae import VAE, VAEConfig
-from mask2dit_jax.port import table as port
-from mask2dit_jax.port.vae import TABLE
 from tests.parity.cases import assert_close, cases, load
 
 TOLERANCE = 5e-5

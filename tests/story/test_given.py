@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mask2dit_jax.data.video_writer import write_video
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.media.video_writer import write_video
 from mask2dit_jax.story.given import check_given, read_given
 from mask2dit_jax.story.story import Scene
 

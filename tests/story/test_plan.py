@@ -2,8 +2,8 @@
 
 import pytest
 
-from mask2dit_jax.data.text import Cut
 from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.pretrained.tokenizer import Cut
 from mask2dit_jax.story.plan import StoryPlan, num_frames
 from mask2dit_jax.story.story import Scene, Story
 

@@ -10,7 +10,7 @@ import pytest
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel.chips import CHIPS
 from mask2dit_jax.training import metrics as metrics_module
-from mask2dit_jax.training.event_file import EventFile
+from mask2dit_jax.training.events import EventFile
 from mask2dit_jax.training.metrics import MetricsLog
 
 

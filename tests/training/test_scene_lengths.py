@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mask2dit_jax.config import ASSETS
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.vae import VAE
-from mask2dit_jax.port.pretrained import load_module
-from mask2dit_jax.setup_run import ASSETS
-from mask2dit_jax.training.scene_lengths import cut, draw
+from mask2dit_jax.pretrained.directory import load_module
+from mask2dit_jax.training.scene_lengths import cut_scenes, draw
 
 STORED, SHORT = SceneLayout((3, 3, 3), (2, 2), 4), SceneLayout((1, 3, 2), (2, 2), 4)
 
@@ -19,11 +19,11 @@ STORED, SHORT = SceneLayout((3, 3, 3), (2, 2), 4), SceneLayout((1, 3, 2), (2, 2)
 def test_cut():
     frames = np.arange(9.0)[None, :, None, None, None]
     batch = {"mean": frames, "logvar": frames + 0.5, "text": np.ones((1, 3, 4, 2))}
-    found = cut(batch, STORED, SHORT)
+    found = cut_scenes(batch, STORED, SHORT)
     assert found["mean"].ravel().tolist() == [0, 3, 4, 5, 6, 7]
     assert found["logvar"].ravel().tolist() == [0.5, 3.5, 4.5, 5.5, 6.5, 7.5]
     assert found["text"] is batch["text"]
-    assert cut(batch, STORED, STORED) is batch
+    assert cut_scenes(batch, STORED, STORED) is batch
 
 
 def test_draw():

@@ -15,12 +15,12 @@ from mask2dit_jax.models import lora
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.mesh import AXES, make_mesh
-from mask2dit_jax.port.pretrained import save_diffusers
+from mask2dit_jax.pretrained.directory import save_diffusers
+from mask2dit_jax.pretrained.transformer_source import TransformerSource
 from mask2dit_jax.training.optimizer import OptimizerConfig
 from mask2dit_jax.training.program import TrainProgram
 from mask2dit_jax.training.step import Objective, UpdateConfig, evaluated_params
 from mask2dit_jax.training.trainable import split
-from mask2dit_jax.transformer import TransformerSource
 from tests.training.test_program import random_batch
 
 MODEL = DiTConfig(

@@ -1,0 +1,107 @@
+"""From videos and the captions of their shots to a data set: shot files, `pretrain.csv` and `sft.json`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import logging
+
+from mask2dit_jax.curate.shots import Shot, find_shots, write_shots
+from mask2dit_jax.data.sources import Clip, Group, write_pretrain_csv, write_sft_json
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.media.video_reader import probe
+
+# captions[name of the video without its ending][number of the shot, from 1]
+Captions = Mapping[str, Mapping[int, str]]
+
+
+def read_captions(path: str | Path) -> Captions:
+    """Reads `{"video name": {"1": "caption of its first shot", ...}, ...}`.
+
+    Raises:
+        UserError: the file is unreadable or of another form.
+    """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        captions = {video: {int(number): text for number, text in shots.items()} for video, shots in raw.items()}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a captions file") from error
+    except (ValueError, AttributeError) as error:
+        raise UserError(f'{path}: must be json like {{"video name": {{"1": "caption"}}}} ({error})') from error
+    for video, shots in captions.items():
+        for number, text in shots.items():
+            if not isinstance(text, str):
+                raise UserError(f"{path}: caption {number} of {video} is {json.dumps(text)}; give a text in quotes")
+    return captions
+
+
+def build_dataset(
+    videos: Sequence[str | Path], captions: Captions, output: str | Path, *, threshold: float, min_frames: int
+) -> tuple[list[Clip], list[Group]]:
+    """Cuts the videos into `output/shots/*.mp4` and writes `output/pretrain.csv` (every shot) and `output/sft.json` (a
+    group for each run of consecutive shots of a video). What is there already is kept, so a killed run can go on.
+
+    Args:
+        threshold: of `find_shots`.
+        min_frames: shots shorter than this are left out, each with a line in the log.
+
+    Raises:
+        UserError: an unreadable video, two videos of one name, a shot without a caption, or no shot left.
+    """
+    videos, output = [Path(video) for video in videos], Path(output)
+    names = [video.stem for video in videos]
+    if len(set(names)) < len(names):
+        raise UserError(f"two videos have the same name ({', '.join(sorted(names))}); rename one, captions go by name")
+    runs = []
+    for video in videos:
+        shots = find_shots(video, threshold)
+        long_enough = [shot for shot in shots if shot.num_frames >= min_frames]
+        for shot in shots:
+            if shot.num_frames < min_frames:
+                logging.info("shot %s is left out: %d frames, fewer than %d", shot.name, shot.num_frames, min_frames)
+        _check_captions(long_enough, captions)
+        if long_enough:
+            write_shots(long_enough, output / "shots")
+        runs += _runs(long_enough)
+    groups = [Group(_group_name(run), tuple(_clip(shot, captions, output) for shot in run)) for run in runs]
+    clips = [clip for group in groups for clip in group.clips]
+    if not clips:
+        raise UserError(f"no shot has {min_frames} frames; lower --min_frames or give longer videos")
+    for group in groups:
+        if len(group.clips) == 1:
+            logging.info("shot %s has no neighbour and is in no group of sft.json", group.name)
+    groups = [group for group in groups if len(group.clips) > 1]
+    write_pretrain_csv(output / "pretrain.csv", clips)
+    write_sft_json(output / "sft.json", groups)
+    return clips, groups
+
+
+def _check_captions(shots: Sequence[Shot], captions: Captions) -> None:
+    missing = [shot for shot in shots if not captions.get(shot.video.stem, {}).get(shot.number, "").strip()]
+    if missing:
+        named = ", ".join(
+            f"{shot.video.name} shot {shot.number} (frames {shot.start}-{shot.stop - 1})" for shot in missing
+        )
+        raise UserError(f"no caption for {named}; add them to the captions file")
+
+
+def _runs(shots: Sequence[Shot]) -> list[list[Shot]]:
+    """Splits where a shot in between was left out: what follows is no longer what was shown next."""
+    runs: list[list[Shot]] = []
+    for shot in shots:
+        if runs and runs[-1][-1].number + 1 == shot.number:
+            runs[-1].append(shot)
+        else:
+            runs.append([shot])
+    return runs
+
+
+def _group_name(run: Sequence[Shot]) -> str:
+    return run[0].name if len(run) == 1 else f"{run[0].name}-{run[-1].number}"
+
+
+def _clip(shot: Shot, captions: Captions, output: Path) -> Clip:
+    name = f"shots/{shot.name}.mp4"
+    info = probe(output / name)
+    caption = captions[shot.video.stem][shot.number]
+    return Clip(name, output / name, caption, info.num_frames, round(float(info.fps), 3), info.width, info.height)

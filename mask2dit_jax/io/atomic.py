@@ -1,0 +1,62 @@
+"""Writing a result so that nobody ever sees half of it."""
+
+import contextlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from mask2dit_jax.errors import UserError, is_no_answer
+from mask2dit_jax.io.paths import is_remote
+
+
+@contextlib.contextmanager
+def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a local file to write. After the block it appears at `path` (local or gs://) in one move; if the block or
+    the move fails, whatever was at `path` before stays. Missing folders are made. Of several processes that write the
+    same `path` at once, the last one's file stays.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    write = _uploaded if is_remote(path) else _moved
+    try:
+        with write(epath.Path(path)) as partial:
+            yield partial
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_no_answer(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; choose an output that can be written") from error
+
+
+def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
+    """Removes what writers of `name` (or of any file) in `folder` left behind that were killed; none may be at work."""
+    for partial in epath.Path(folder).glob(f".????????.{name}"):
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _moved(path: epath.Path) -> Iterator[Path]:
+    """Beside `path`, so that nothing is copied; the hidden name ends like it, as some writers go by the ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{uuid.uuid4().hex[:8]}.{path.name}"
+    try:
+        yield Path(partial)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _uploaded(path: epath.Path) -> Iterator[Path]:
+    """In a bucket an object appears when all of it is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield (local := Path(folder, path.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        epath.Path(local).copy(path, overwrite=True)

@@ -1,0 +1,287 @@
+"""Weight files of a diffusers component folder: safetensors, one file or shards with an index, both ways.
+
+Reading goes from the file mapping straight into the arrays of the model. The mapping is ours and not safetensors' own:
+`safe_open` checks every file, but hands out copies, and a stacked parameter would exist twice for a moment.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.atomic import atomic_output
+from mask2dit_jax.io.paths import is_remote
+from mask2dit_jax.models.port_rules import Rule, export, flatten, plan, unflatten
+
+NAMES = ("diffusion_pytorch_model", "model")  # of transformer and vae; of text_encoder
+_INDEX = ".safetensors.index.json"
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_ALIGNMENT = 64  # bytes; XLA on the CPU takes over a NumPy buffer without a copy only if it is aligned so
+_COLUMNS = 64  # copied at a time; transposing a large matrix at one go misses the cache at every element, 4x slower
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file. Nothing is read before `view()` is indexed, and then only what is indexed."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def view(self) -> np.ndarray:
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file such as `config.json`. Raises UserError if it is missing or damaged."""
+    try:
+        raw = json.loads(epath.Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}); is its folder a complete download?"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no JSON object; download it again")
+    return raw
+
+
+def write_json(path: str | os.PathLike, raw: Mapping) -> None:
+    """Writes what `read_json` reads, whole or not at all."""
+    with atomic_output(path) as local:
+        local.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def open_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
+    """All tensors of a component folder (`transformer`, `vae`, `text_encoder`), by key, without reading their data.
+
+    Raises UserError for a folder that is missing, remote, empty or ambiguous, a missing or damaged shard, a damaged
+    index, and a tensor that the index promises but its shard lacks.
+    """
+    folder = _local(folder)
+    if not folder.is_dir():
+        raise UserError(f"weights folder {folder} does not exist; give a folder that holds safetensors files")
+    found = [
+        name + suffix for name in NAMES for suffix in (_INDEX, ".safetensors") if (folder / (name + suffix)).exists()
+    ]
+    if not found:
+        raise UserError(
+            f"weights folder {folder} holds neither {' nor '.join(f'{name}.safetensors' for name in NAMES)} "
+            "(nor their index); PyTorch .bin files must be converted to safetensors first"
+        )
+    if len(found) > 1:
+        raise UserError(f"weights folder {folder} holds both {' and '.join(found)}; remove all but one")
+    path = folder / found[0]
+    return _open_shards(path) if path.name.endswith(_INDEX) else dict(_open_file(path))
+
+
+def _local(folder) -> Path:
+    if is_remote(folder):
+        raise UserError(
+            f"weights folder {folder} is remote, but weight files are memory-mapped; copy it to a local disk"
+        )
+    return Path(folder)
+
+
+def _open_shards(index: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{index} has no weight_map from tensors to files; download it again")
+    tensors = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (index.parent / shard).exists():
+            raise UserError(f"shard {shard!r}, named by {index}, is missing; download it into the same folder")
+        # A tensor that the index does not list is kept: whether the model has a place for it is the table's question.
+        tensors |= {
+            key: tensor for key, tensor in _open_file(index.parent / shard) if weight_map.get(key, shard) == shard
+        }
+    for key, shard in weight_map.items():
+        if key not in tensors:
+            raise UserError(f"tensor {key!r} is not in {shard!r}, where {index} promises it; download both again")
+    return tensors
+
+
+def _open_file(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header against itself and against the file's size
+            pass
+        with path.open("rb") as file:
+            data_start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(data_start - 8))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no complete safetensors file ({error}); download it again") from error
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(
+                f"{path}: tensor {key!r} is of type {entry['dtype']}; only {', '.join(_DTYPES)} are supported"
+            )
+        dtype = np.dtype(_DTYPES[entry["dtype"]])
+        yield key, StoredTensor(path, data_start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)
+
+
+def load_state(
+    table: Iterable[Rule],
+    weights: Mapping[str, StoredTensor | np.ndarray],
+    abstract_state,
+    *,
+    dtype=None,
+    shardings=None,
+    what: str = "checkpoint",
+):
+    """Fills a model's state from a checkpoint, strictly (see `table.plan`).
+
+    Host memory holds one copy of the parameters at most: each device's slice is read from the file mapping into the
+    buffer that JAX then owns (on the CPU) or transfers. A process reads only what its own devices need.
+
+    Args:
+        weights: from `open_weights`; in-memory arrays do as well.
+        abstract_state: NNX state whose leaves have `.shape`, as `nnx.eval_shape` gives it.
+        dtype: of all parameters, or by path; None keeps that of the file.
+        shardings: state of the same structure with a `jax.sharding.Sharding` for each parameter; None puts all on the
+            first device.
+        what: name of the checkpoint in messages and in the progress bar.
+
+    Returns:
+        NNX state of jax arrays, for `nnx.update` or `nnx.merge`.
+    """
+    sources = collections.defaultdict(dict)
+    for key, slot in plan(table, {key: tensor.shape for key, tensor in weights.items()}, abstract_state, what).items():
+        sources[slot.path][slot.layer] = (weights[key], slot.transform)
+    placement = _placement(abstract_state, shardings)
+    loaded = {}
+    with tqdm(desc=what, unit="B", unit_scale=True, delay=1, disable=None) as progress:
+        for path, leaf in flatten(abstract_state).items():
+            wanted = dtype[path] if isinstance(dtype, Mapping) else dtype
+            kind = jax.dtypes.canonicalize_dtype(wanted or _common_dtype(sources[path]))
+            read = functools.partial(_read_slice, sources[path], leaf.shape, kind, progress)
+            loaded[path] = leaf.copy(jax.make_array_from_callback(leaf.shape, placement[path], read))
+    return unflatten(loaded, abstract_state)
+
+
+def _placement(abstract_state, shardings) -> dict[str, jax.sharding.Sharding]:
+    if shardings is None:
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return dict.fromkeys(flatten(abstract_state), one_device)
+    return {path: leaf.get_value() for path, leaf in flatten(shardings).items()}
+
+
+def _common_dtype(source) -> np.dtype:
+    """Layers of one stacked parameter may be stored in several types."""
+    return functools.reduce(jnp.promote_types, (tensor.dtype for tensor, _ in source.values()))
+
+
+def _read_slice(source, shape, dtype, progress, index: tuple[slice, ...]) -> np.ndarray:
+    """One device's part of a parameter; the layout and the type change on the way from the mapping to the buffer."""
+    target = _aligned_empty([len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)], dtype)
+    if None in source:
+        _copy(target, source[None], index)
+    else:
+        for position, layer in enumerate(range(*index[0].indices(shape[0]))):
+            _copy(target[position], source[layer], index[1:])
+    progress.update(target.nbytes)
+    return target
+
+
+def _copy(target, source, index):
+    tensor, transform = source
+    values = transform.to_nnx(tensor.view())[index]
+    for start in range(0, target.shape[-1], _COLUMNS):
+        columns = np.s_[..., start : start + _COLUMNS]
+        np.copyto(target[columns], values[columns], casting="same_kind")
+
+
+def _aligned_empty(shape, dtype) -> np.ndarray:
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def save_weights(
+    table: Iterable[Rule],
+    state: Any,
+    folder: str | os.PathLike,
+    *,
+    name: str,
+    max_shard_bytes: int = 5 * 10**9,
+    dtype=None,
+) -> None:
+    """Writes a model's state as `name.safetensors`, or as shards with an index where it does not fit into one.
+
+    One shard at a time is in memory. Files get their names when all are complete, the index last, so that a folder
+    left half-written does not pass for a whole one. Earlier weights of that name are replaced.
+
+    Args:
+        name: "diffusion_pytorch_model" (transformer, vae) or "model" (text encoder).
+        dtype: of the tensors in the files; None keeps that of the state.
+    """
+    folder = _local(folder)
+    parts: list[tuple[Path, list[str]]] = []
+    shard: dict[str, np.ndarray] = {}
+
+    def write_shard():
+        parts.append((folder / f"{name}-{len(parts) + 1:05d}.tmp", list(shard)))
+        save_file(shard, parts[-1][0], metadata={"format": "pt"})
+        parts[-1][0].chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+        shard.clear()
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        total, in_shard = 0, 0
+        for key, _, read in export(table, state):
+            tensor = _as_type(read(), dtype)
+            if shard and in_shard + tensor.nbytes > max_shard_bytes:
+                write_shard()
+                in_shard = 0
+            shard[key] = tensor
+            in_shard += tensor.nbytes
+            total += tensor.nbytes
+        write_shard()
+        _publish(folder, name, parts, total)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"cannot write weights into {folder}: {error}; is there room, and may you write there?"
+        ) from error
+    finally:
+        for path, _ in parts:
+            path.unlink(missing_ok=True)
+
+
+def _as_type(tensor: np.ndarray, dtype) -> np.ndarray:
+    return tensor if dtype is None else tensor.astype(dtype, copy=False)
+
+
+def _publish(folder: Path, name: str, parts: list[tuple[Path, list[str]]], total_size: int):
+    """Gives complete files their names; until the last line, the folder holds no weights that `open_weights` takes."""
+    index, single = folder / f"{name}{_INDEX}", folder / f"{name}.safetensors"
+    for stale in (index, single, *folder.glob(f"{name}-*-of-*.safetensors")):
+        stale.unlink(missing_ok=True)
+    if len(parts) == 1:
+        parts[0][0].rename(single)
+        return
+    weight_map = {}
+    for number, (path, keys) in enumerate(parts, start=1):
+        shard = f"{name}-{number:05d}-of-{len(parts):05d}.safetensors"
+        path.rename(folder / shard)
+        weight_map |= dict.fromkeys(keys, shard)
+    raw = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    partial = index.with_suffix(".tmp")
+    write_json(partial, raw)
+    partial.rename(index)

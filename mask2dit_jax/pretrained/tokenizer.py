@@ -1,0 +1,107 @@
+"""Prompts -> token ids, as CogVideoX makes them: end token, cut at a fixed length, padded to it, no attention mask."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from absl import logging
+from etils import epath
+from jaxtyping import Int32
+from transformers import T5Tokenizer
+
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.paths import is_remote
+
+MAX_TOKENS = 226  # a scene's text tokens in every released CogVideoX
+
+
+def load_tokenizer(folder: str | os.PathLike) -> T5Tokenizer:
+    """Loads the `tokenizer/` of a diffusers directory, from a disk or a bucket. Raises UserError if it is missing or
+    damaged.
+
+    CogVideoX repositories hold `spiece.model` (and no `tokenizer.json`, which is read where there is one).
+    """
+    if not is_remote(folder):
+        return _load_tokenizer(Path(folder))
+    with tempfile.TemporaryDirectory() as local:  # transformers opens files of a disk alone
+        for file in epath.Path(folder).iterdir():
+            file.copy(epath.Path(local) / file.name)
+        return _load_tokenizer(Path(local))
+
+
+def _load_tokenizer(folder: Path) -> T5Tokenizer:
+    vocabulary = folder / "spiece.model"
+    # transformers would go on with an empty vocabulary where there is none, and guess at a damaged one.
+    if vocabulary.exists():
+        _check_vocabulary(vocabulary)
+    elif not (folder / "tokenizer.json").exists():
+        raise UserError(f"tokenizer folder {folder} holds no spiece.model; copy tokenizer/ from the model's repository")
+    try:
+        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"tokenizer folder {folder} is damaged ({_first_line(error)}); copy it again") from error
+
+
+def _check_vocabulary(path: Path):
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path} is no SentencePiece vocabulary ({_first_line(error)}); copy it again") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def count_tokens(tokenizer: T5Tokenizer, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt before it is cut, the end token included."""
+    return [len(ids) for ids in _encode(tokenizer, prompts)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Tokens of a text (its end token included), how many of them a scene has room for, and the words beyond that."""
+
+    tokens: int
+    limit: int
+    lost: str
+
+
+def cut_prompts(tokenizer: T5Tokenizer, prompts: Sequence[str], max_tokens: int) -> list[Cut]:
+    """What `tokenize` will make of the prompts."""
+    cuts = []
+    for ids in _encode(tokenizer, prompts):
+        lost = tokenizer.decode(ids[max_tokens - 1 : -1], skip_special_tokens=True) if len(ids) > max_tokens else ""
+        cuts.append(Cut(len(ids), max_tokens, shorten(lost)))
+    return cuts
+
+
+def shorten(text: str, most: int = 300) -> str:
+    """The beginning and the end of a text that is too long to read."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half].rstrip()} [{len(text) - 2 * half} characters] {text[-half:].lstrip()}"
+
+
+def tokenize(tokenizer: T5Tokenizer, prompts: Sequence[str], max_tokens: int = MAX_TOKENS) -> Int32[np.ndarray, "n t"]:
+    """Token ids of each prompt, padded to `max_tokens`. A prompt that is too long is cut, with a warning."""
+    padded = np.full((len(prompts), max_tokens), tokenizer.pad_token_id, np.int32)
+    for row, prompt, ids in zip(padded, prompts, _encode(tokenizer, prompts), strict=True):
+        if len(ids) > max_tokens:
+            kept, lost = ids[: max_tokens - 1], tokenizer.decode(ids[max_tokens - 1 : -1], skip_special_tokens=True)
+            logging.warning(
+                "prompt of %d tokens is cut to %d: %r is lost from %r",
+                *(len(ids), max_tokens, shorten(lost), shorten(prompt)),
+            )
+            ids = [*kept, tokenizer.eos_token_id]
+        row[: len(ids)] = ids
+    return padded
+
+
+def _encode(tokenizer, prompts) -> list[list[int]]:
+    return tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids

@@ -1,0 +1,118 @@
+"""Where a transformer comes from: a checkpoint of ours, or the transformer folder of a diffusers directory."""
+
+import dataclasses
+
+import jax
+from etils import epath
+from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from mask2dit_jax.errors import UserError
+from mask2dit_jax.models import lora
+from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.models.port_rules import flatten
+from mask2dit_jax.parallel import sharding
+from mask2dit_jax.parallel.abstract import memoryless
+from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.training import checkpoint
+
+WEIGHTS = ("auto", "ema", "params")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerSource:
+    """Stored parameters of one transformer. Adapters of a LoRA run are merged into what they adapt."""
+
+    folder: epath.Path  # one checkpoint's, or the directory that holds transformer/
+    is_checkpoint: bool
+    is_ema: bool = False  # the moving average of the parameters
+
+    @classmethod
+    def find(cls, path: epath.PathLike, weights: str = "auto") -> "TransformerSource | None":
+        """Looks into a workdir, a checkpoint or a diffusers directory; None if it has no transformer.
+
+        Args:
+            weights: "ema", "params", or "auto": the average where there is one.
+        """
+        if checkpoint.has_checkpoint(path):
+            folder = checkpoint.find(path)
+            has_ema = (folder / "ema").exists()
+            if weights == "ema" and not has_ema:
+                raise UserError(f"checkpoint {folder} holds no average; train with --config.ema_decay, or take params")
+            return cls(folder, is_checkpoint=True, is_ema=has_ema and weights != "params")
+        if port.has_weights(path, "transformer"):
+            return cls(epath.Path(path), is_checkpoint=False)
+        return None
+
+    @classmethod
+    def require(cls, path: epath.PathLike, weights: str = "auto") -> "TransformerSource":
+        source = cls.find(path, weights)
+        if source is None:
+            raise UserError(
+                f"there are no transformer weights in {path}; give a training workdir, one of its checkpoints, "
+                "or a diffusers directory that holds transformer/"
+            )
+        return source
+
+    def config(self) -> DiTConfig:
+        if self.is_checkpoint:
+            return DiTConfig.from_json(checkpoint.read_record(self.folder)["model"])
+        return port.load_config(self.folder, "transformer")
+
+    def load(self, abstract: nnx.State) -> nnx.State:
+        """The parameters, in the dtypes and on the shardings of `abstract`."""
+        if self.is_checkpoint:
+            return self._load_checkpoint(abstract)
+        placed = jax.tree.leaves(abstract)[0].sharding is not None
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract) if placed else None
+        dtypes = {path: leaf.dtype for path, leaf in flatten(abstract).items()}  # what is frozen may have another
+        return port.load_component(self.folder, "transformer", self.config(), dtype=dtypes, shardings=shardings)
+
+    def stored(self) -> nnx.State:
+        """The parameters as they are stored, on the first device, whatever mesh they were written from."""
+        if not self.is_checkpoint:
+            return port.load_component(self.folder, "transformer", self.config())
+        abstract = nnx.state(port.COMPONENTS["transformer"].module(self.config()))
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = sharding.placed(abstract, jax.tree.map(lambda _: place, abstract))
+        dtypes = flatten(checkpoint.stored_shapes(self.folder, self._with_adapters(abstract)))
+        return self.load(_mapped(abstract, lambda name, leaf: leaf.update(dtype=dtypes[name].dtype)))
+
+    def _load_checkpoint(self, abstract: nnx.State) -> nnx.State:
+        abstract, averaged = self._with_adapters(abstract), set()
+        if self.is_ema:
+            averaged = checkpoint.stored_names(self.folder, "ema")
+        trained, others = nnx.split_state(abstract, lambda path, _: ".".join(path) in averaged, ...)
+        if not averaged:
+            params = checkpoint.load_params(self.folder, abstract)
+        elif not jax.tree.leaves(others):
+            params = checkpoint.load_params(self.folder, trained, "ema")
+        else:  # what did not train has no average
+            params = checkpoint.load_params(self.folder, abstract)
+            params = nnx.merge_state(params, checkpoint.load_params(self.folder, trained, "ema"))
+        adapters = self._adapters()
+        return lora.merge(params, adapters) if adapters else params
+
+    def _adapters(self) -> lora.LoRAConfig | None:
+        fields = checkpoint.read_record(self.folder).get("lora")
+        return lora.LoRAConfig(**fields) if fields else None
+
+    def _with_adapters(self, abstract: nnx.State) -> nnx.State:
+        """`abstract` of the plain model, and what the checkpoint holds beside it."""
+        config = dataclasses.replace(self.config(), lora=self._adapters())
+        if config.lora is None:
+            return abstract
+        adapters = lora.adapters_of(nnx.state(memoryless(DiT, config)))
+        place = jax.tree.leaves(abstract)[0].sharding
+        if isinstance(place, NamedSharding):
+            adapters = sharding.placed(adapters, sharding.parameter_shardings(adapters, place.mesh, sharding.DIT))
+        elif place is not None:
+            adapters = sharding.placed(adapters, jax.tree.map(lambda _: place, adapters))
+        return nnx.merge_state(abstract, adapters)
+
+    def __str__(self):
+        return f"{self.folder}{' (moving average)' if self.is_ema else ''}"
+
+
+def _mapped(state: nnx.State, change) -> nnx.State:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: change(sharding.name_of(path), leaf), state)

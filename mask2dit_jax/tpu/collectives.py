@@ -1,0 +1,186 @@
+"""What a collective moves, which torus dimensions it crosses, and how long it takes at the speed of the links.
+
+S is what one chip puts in, n the size of its group, B the bytes/s that leave a chip over the dimensions that the group
+spans: two links of a ring, one of a line (the chip at its end has no more), fewer where groups interleave and share.
+
+    kind                moved, bytes a chip    seconds
+    all-gather          (n-1) S                moved / B
+    reduce-scatter      (n-1)/n S              moved / B
+    all-reduce          2 (n-1)/n S            moved / B
+    all-to-all          (n-1)/n S              a S / (4 links) of the worst dimension (a chips): the halves' exchange
+    collective-permute  S                      S x messages over the busiest link / link
+
+That all dimensions of a group work at once, in both directions, is what the TPU compiler's "ND ring" strategies do. The
+time is at least a microsecond a hop.
+
+Groups never leave a slice. What goes to other slices is sent and received through the hosts, over their network cards
+(DCN): a pair of send and recv, with n the number of slices and B a chip's share of its host's bandwidth.
+"""
+
+import itertools
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from mask2dit_jax.parallel.chips import Topology
+from mask2dit_jax.tpu.hlo import Computation, Instruction
+
+HOP_SECONDS = 1e-6
+DCN = "dcn"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective operation of one chip. across: torus dimensions that its group spans, like "xy", or DCN."""
+
+    kind: str
+    group_size: int
+    across: str
+    moved_bytes: float
+    seconds: float
+
+
+class Interconnect:
+    """The links between the chips of a compiled program. devices: in the order of its mesh."""
+
+    def __init__(self, topology: Topology, devices: list):
+        self._topology = topology
+        slices = [getattr(device, "slice_index", None) or 0 for device in devices]
+        # A program for several slices numbers the chips of each slice for itself; all slices are alike.
+        one_slice = [device for device, index in zip(devices, slices, strict=True) if index == slices[0]]
+        self._coords = np.array([device.coords[: topology.chip.torus_dims] for device in one_slice])
+
+    def measure(self, computation: Computation, instruction: Instruction, kind: str) -> Collective:
+        """A collective operation within a slice, standing in `computation`."""
+        size = math.fsum(array.bytes for name in instruction.operands for array in computation.arrays_of(name))
+        if kind == "collective-permute":
+            return self._permute(size, _pairs(instruction.attributes))
+        group = first_group(instruction.attributes, len(self._coords))
+        moved = _moved(kind, size, len(group))
+        spans = self._spans(group)
+        seconds = max(self._ici_seconds(kind, size, moved, spans), HOP_SECONDS * sum(span.hops for span in spans))
+        return Collective(kind, len(group), "".join("xyz"[span.dim] for span in spans), moved, seconds)
+
+    def measure_send(self, computation: Computation, send: Instruction, kind: str) -> Collective:
+        """A send that exchanges with the other slices."""
+        size = computation.arrays_of(send.operands[0])[0].bytes
+        chip, slices = self._topology.chip, self._topology.num_slices
+        moved = _moved(kind, size, slices)
+        return Collective(kind, slices, DCN, moved, moved * chip.chips_per_host / chip.dcn_host_bandwidth)
+
+    def _ici_seconds(self, kind, size, moved, spans) -> float:
+        if not spans:
+            return 0.0
+        link = self._topology.chip.ici_link_bandwidth
+        if "all-to-all" in kind:
+            return max(span.chips * size / (4 * span.links * link) for span in spans)
+        return moved / (link * sum(span.links for span in spans))
+
+    def _spans(self, group) -> list["_Span"]:
+        """The dimensions that a group spans. A group that is no box of the torus gets one link in all."""
+        coords = self._coords[group]
+        spans = []
+        for dim, size in enumerate(self._topology.shape):
+            places = np.unique(coords[:, dim])
+            strides = np.unique(np.diff(places))
+            if len(places) == 1:
+                continue
+            even, stride = len(strides) == 1, int(strides.max())
+            ring = even and self._topology.wraps(dim) and len(places) * stride == size
+            spans.append(_Span(dim, len(places), (2 if ring else 1) / stride, len(places) // 2 if ring else size - 1))
+        if math.prod(span.chips for span in spans) == len(group):
+            return spans
+        links = min(span.links for span in spans) / len(spans)
+        return [_Span(span.dim, len(group), links, len(group) // len(spans)) for span in spans]
+
+    def _permute(self, size: float, pairs: list[tuple[int, int]]) -> Collective:
+        """Messages go along x, then y, then z, the shorter way round a ring."""
+        load, hops, dims = Counter(), 0, set()
+        for source, target in pairs:
+            route = self._route(self._coords[source].tolist(), self._coords[target].tolist())
+            load.update(route)
+            hops = max(hops, len(route))
+            dims |= {dim for _, dim, _ in route}
+        across = "".join("xyz"[dim] for dim in sorted(dims))
+        seconds = max(load.values(), default=0) * size / self._topology.chip.ici_link_bandwidth
+        return Collective("collective-permute", len(pairs), across, size, max(seconds, HOP_SECONDS * hops))
+
+    def _route(self, at: list, to: list) -> list[tuple]:
+        """(chip, dimension, direction) of each link that a message takes."""
+        route, place = [], list(at)
+        for dim, size in enumerate(self._topology.shape):
+            ahead = to[dim] - at[dim]
+            if self._topology.wraps(dim) and abs(ahead) > size / 2:
+                ahead -= size if ahead > 0 else -size
+            direction = 1 if ahead > 0 else -1
+            for _ in range(abs(ahead)):
+                route.append((tuple(place), dim, direction))
+                place[dim] = (place[dim] + direction) % size
+        return route
+
+
+@dataclass(frozen=True)
+class _Span:
+    """chips of a group along a torus dimension; links: how many in one direction a chip has for them, on average."""
+
+    dim: int
+    chips: int
+    links: float
+    hops: int
+
+
+def _moved(kind: str, size: float, n: int) -> float:
+    """Bytes that each of n chips sends if it puts in `size`."""
+    return size * {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
+
+
+def first_group(attributes: str, num_partitions: int) -> list[int]:
+    """The first of the groups of partitions within which an operation works. They are alike: XLA makes them of a mesh.
+
+    XLA writes {{0,1},{2,3}}; or [2,2]<=[4] and [2,2]<=[2,2]T(1,0), numbers laid out, transposed and cut into rows; or
+    mesh['a'=2,'b'=2] {'b'}, the axes of a mesh, of which 'b':(2)4 is the part of size 4 behind one of size 2.
+    """
+    text = attributes.partition("replica_groups=")[2]
+    if listed := re.match(r"\{(?:\{([\d,]*)\}|\})", text):
+        return [int(number) for number in listed[1].split(",")] if listed[1] else list(range(num_partitions))
+    if laid_out := re.match(r"\[(\d+),(\d+)\](<=\S*?)?, ", text + ", "):
+        return _laid_out(text).reshape(int(laid_out[1]), int(laid_out[2]))[0].tolist()
+    if mesh := re.match(r"mesh\[([^\]]*)\](.*?)\{([^}]*)\}", text):
+        return _along_axes(mesh[1], mesh[2], mesh[3])
+    raise ValueError(f"cannot read the groups of a collective: {text[:120]!r}")
+
+
+def _laid_out(text: str) -> np.ndarray:
+    """Numbers in the order of "<=[2,2]T(1,0)": counted up, reshaped, transposed."""
+    dims, order = re.search(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)
+
+
+def _along_axes(mesh: str, order: str, chosen: str) -> list[int]:
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    parts = []  # (axis, elements of it behind one step, size) of each chosen axis or part of one
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen):
+        size = int(size or axes[name])
+        parts.append((name, axes[name] // (int(before or 1) * size), size))
+    numbers = _laid_out(order) if "<=" in order else np.arange(math.prod(axes.values()))
+    numbers = numbers.reshape(tuple(axes.values()))
+    group = []
+    for steps in itertools.product(*(range(size) for *_, size in parts)):
+        at = dict.fromkeys(axes, 0)
+        for (name, stride, _), step in zip(parts, steps, strict=True):
+            at[name] += stride * step
+        group.append(int(numbers[tuple(at.values())]))
+    return group
+
+
+def _pairs(attributes: str) -> list[tuple[int, int]]:
+    listed = re.search(r"source_target_pairs=\{([\d,{}]*)\}", attributes)
+    return [(int(source), int(target)) for source, target in re.findall(r"\{(\d+),(\d+)\}", listed[1])]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))

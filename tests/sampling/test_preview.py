@@ -1,0 +1,24 @@
+"""The storyboard of a training run: what does not work costs a picture and not the run."""
+
+import types
+
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from mask2dit_jax.sampling.preview import Preview
+
+
+def test_a_storyboard_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    layout = types.SimpleNamespace(frame_slices=[slice(0, 1), slice(1, 2)])
+    preview = Preview.__new__(Preview)
+    vars(preview).update(
+        _program=types.SimpleNamespace(objective=types.SimpleNamespace(layout=layout)),
+        _folder=epath.Path(tmp_path) / "samples",
+        _events=object(),
+        _sample=lambda params, text: np.zeros((2, 4, 6, 3)),
+        _codec=types.SimpleNamespace(decode=lambda latents: np.zeros((5, 32, 48, 3), np.uint8)),
+    )
+    preview(5, nnx.State({}), None)
+    assert "the storyboard of step 5 is left out: cannot write" in caplog.text
