@@ -15,8 +15,8 @@ from etils import epath
 from mask2dit_jax import config as run_config
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained import stored_checkpoint
 from mask2dit_jax.pretrained.transformer_source import WEIGHTS, TransformerSource
-from mask2dit_jax.training import checkpoint
 
 _FROM = flags.DEFINE_string("from", None, "A diffusers directory, a workdir or a checkpoint.", required=True)
 _TO = flags.DEFINE_string("to", None, "A new folder; a workdir if --from is a diffusers directory, else the other way.")
@@ -38,7 +38,7 @@ def main(argv):
     source, target = epath.Path(_FROM.value), epath.Path(_TO.value)
     dtype = _DTYPE.value and run_config.resolve_dtype(_DTYPE.value)
     _check(source, target)
-    if checkpoint.has_checkpoint(source):
+    if stored_checkpoint.has_checkpoint(source):
         written = _to_diffusers(source, target, dtype)
     else:
         written = _to_workdir(source, target, dtype)
@@ -66,7 +66,7 @@ def _to_workdir(source: epath.Path, target: epath.Path, dtype) -> list[str]:
     for name, config in configs.items():
         params = port.load_component(source, name, config, dtype=dtype)
         if name == "transformer":
-            checkpoint.save_params(target, params, {"model": config.to_json(), "pretrained": str(target)})
+            stored_checkpoint.save_params(target, params, {"model": config.to_json(), "pretrained": str(target)})
         else:
             origin = port.origin(source / name) + (f"-{_DTYPE.value}" if _DTYPE.value else "")
             port.save_component(target, name, config, params, origin)
@@ -99,7 +99,7 @@ def _frozen_directory(source: epath.Path, transformer: TransformerSource) -> epa
     """Where the VAE and the text encoder are: beside a ported checkpoint, or where the run's config says."""
     if any(port.has_weights(source, name) for name in FROZEN):
         return source
-    recorded = checkpoint.read_record(transformer.folder)["pretrained"]
+    recorded = stored_checkpoint.read_record(transformer.folder)["pretrained"]
     directory = epath.Path(run_config.pretrained_directory(recorded))
     return directory if directory.exists() else None
 

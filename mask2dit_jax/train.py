@@ -23,6 +23,7 @@ from mask2dit_jax.io import user_cache
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained import stored_checkpoint
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
 from mask2dit_jax.sampling.preview import Preview
 from mask2dit_jax.training import checkpoint, resume, scene_lengths, validation
@@ -176,7 +177,7 @@ def _find_start(config: ConfigDict, pretrained, manager) -> tuple[str, Transform
     if (step := resume.set_aside_unreadable(manager)) is not None:
         logging.info("start: resuming step %d of %s", step, manager.directory)
         source = TransformerSource.require(manager.directory)
-        run_config.log_changes(checkpoint.read_record(source.folder).get("config", {}), config)
+        run_config.log_changes(stored_checkpoint.read_record(source.folder).get("config", {}), config)
         return "resume", source
     if config.init_from:
         source = TransformerSource.require(config.init_from)
