@@ -9,20 +9,19 @@ from where the run had them. What is not there is named, and left out. All of it
 """
 
 import jax
+import jax.numpy as jnp
 from absl import flags, logging
 from etils import epath
 
-from mask2dit_jax import config as run_config
+from mask2dit_jax.config import PRECISIONS
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.pretrained import directory as port
-from mask2dit_jax.pretrained import stored_checkpoint
+from mask2dit_jax.pretrained import named, stored_checkpoint
 from mask2dit_jax.pretrained.transformer_source import WEIGHTS, TransformerSource
 
 _FROM = flags.DEFINE_string("from", None, "A diffusers directory, a workdir or a checkpoint.", required=True)
 _TO = flags.DEFINE_string("to", None, "A new folder; a workdir if --from is a diffusers directory, else the other way.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, list(run_config.DTYPES), "Type of the written parameters; default: as stored."
-)
+_DTYPE = flags.DEFINE_enum("dtype", None, list(PRECISIONS), "Type of the written parameters; default: as stored.")
 _WEIGHTS = flags.DEFINE_enum(
     "weights", "auto", WEIGHTS, "Of a checkpoint: the moving average, if there is one, or not."
 )
@@ -36,7 +35,7 @@ def main(argv):
         raise UserError(f"what is {argv[1]}? name the folders with --from=DIR --to=DIR")
     jax.config.update("jax_platforms", "cpu")
     source, target = epath.Path(_FROM.value), epath.Path(_TO.value)
-    dtype = _DTYPE.value and run_config.resolve_dtype(_DTYPE.value)
+    dtype = _DTYPE.value and jnp.dtype(_DTYPE.value)
     _check(source, target)
     if stored_checkpoint.has_checkpoint(source):
         written = _to_diffusers(source, target, dtype)
@@ -100,7 +99,7 @@ def _frozen_directory(source: epath.Path, transformer: TransformerSource) -> epa
     if any(port.has_weights(source, name) for name in FROZEN):
         return source
     recorded = stored_checkpoint.read_record(transformer.folder)["pretrained"]
-    directory = epath.Path(run_config.pretrained_directory(recorded))
+    directory = epath.Path(named.pretrained_directory(recorded))
     return directory if directory.exists() else None
 
 
