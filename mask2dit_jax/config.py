@@ -18,9 +18,9 @@ from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import dit, vae
-from mask2dit_jax.models.codec import CodecConfig
-from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.models.lora import PATTERN, LoRAConfig
+from mask2dit_jax.models.registry import DEFAULT_BACKBONE, CodecConfig
 from mask2dit_jax.models.t5 import T5Config
 from mask2dit_jax.ops import masks
 from mask2dit_jax.ops.attention import api
@@ -150,7 +150,7 @@ def check_sizes(config: ConfigDict, vae: CodecConfig, patch_size: int) -> None:
         raise UserError(f"num_frames={config.num_frames} is not of the form {time}k + 1; the nearest is {nearest}")
 
 
-def scene_layout(config: ConfigDict, model: DiTConfig, vae: CodecConfig) -> SceneLayout:
+def scene_layout(config: ConfigDict, model: TransformerConfig, vae: CodecConfig) -> SceneLayout:
     """Of one training sample, or of one sampling window."""
     check_sizes(config, vae, model.patch_size)
     frames = (config.num_frames - 1) // vae.temporal_compression_ratio + 1
@@ -158,10 +158,10 @@ def scene_layout(config: ConfigDict, model: DiTConfig, vae: CodecConfig) -> Scen
     return model.layout((frames,) * config.num_scenes, config.height // space, config.width // space)
 
 
-def model_from_scratch(config: ConfigDict, vae: CodecConfig, text_encoder: T5Config) -> DiTConfig:
+def model_from_scratch(config: ConfigDict, vae: CodecConfig, text_encoder: T5Config) -> TransformerConfig:
     """The sizes in the config, between the VAE and the text encoder."""
     sizes = {"latent_channels": vae.latent_channels, "text_embed_dim": text_encoder.width}
-    return DiTConfig(**config.model.to_dict(), **sizes, mask=config.mask)
+    return DEFAULT_BACKBONE.config(**config.model.to_dict(), **sizes, mask=config.mask)
 
 
 def encoder_configs(pretrained) -> tuple[CodecConfig, T5Config]:
@@ -169,7 +169,7 @@ def encoder_configs(pretrained) -> tuple[CodecConfig, T5Config]:
 
 
 def train_program(
-    config: ConfigDict, mesh: Mesh, model: DiTConfig, vae: CodecConfig, schedule: ScheduleConfig
+    config: ConfigDict, mesh: Mesh, model: TransformerConfig, vae: CodecConfig, schedule: ScheduleConfig
 ) -> TrainProgram:
     """What the config trains, on `mesh`; of several layouts of scenes, that of the data."""
     lora = LoRAConfig(config.lora.rank, config.lora.alpha) if config.lora.rank else None
@@ -195,7 +195,7 @@ def train_program(
 
 
 def train_programs(
-    config: ConfigDict, mesh: Mesh, model: DiTConfig, vae: CodecConfig, schedule: ScheduleConfig
+    config: ConfigDict, mesh: Mesh, model: TransformerConfig, vae: CodecConfig, schedule: ScheduleConfig
 ) -> tuple[TrainProgram, ...]:
     """One for each layout of scenes in `scene_frames`; they share their state."""
     program = train_program(config, mesh, model, vae, schedule)
@@ -213,7 +213,7 @@ def samples_at_once(config: ConfigDict) -> int:
     return max(1, config.global_batch_size // config.accumulate_steps)
 
 
-def run_record(config: ConfigDict, model: DiTConfig) -> dict[str, Any]:
+def run_record(config: ConfigDict, model: TransformerConfig) -> dict[str, Any]:
     """What a checkpoint says of its run."""
     return {
         "model": model.to_json(),
@@ -244,7 +244,7 @@ def _listed(value):
     return [_listed(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def stored_model(source: TransformerSource, wanted: DiTConfig, config: ConfigDict) -> DiTConfig:
+def stored_model(source: TransformerSource, wanted: TransformerConfig, config: ConfigDict) -> TransformerConfig:
     """The sizes that stored weights bring; those of `config.model` that they overrule are named."""
     stored = source.config()
     overruled = [name for name in config.model if getattr(stored, name) != getattr(wanted, name)]
@@ -259,7 +259,9 @@ def sampling_config(config: ConfigDict) -> SamplingConfig:
     return SamplingConfig(sampler, config.guidance, config.guidance_scale, config.condition)
 
 
-def sampling_mesh(config: ConfigDict, model: DiTConfig, vae: CodecConfig, devices: Sequence[jax.Device]) -> Mesh:
+def sampling_mesh(
+    config: ConfigDict, model: TransformerConfig, vae: CodecConfig, devices: Sequence[jax.Device]
+) -> Mesh:
     """Of the devices of one host; it takes stories whose scenes have other lengths than the config's, too."""
     layout, copies = scene_layout(config, model, vae), 1 + sampling_config(config).guided
     parts = layout.text_tokens, math.prod(layout.grid)
@@ -267,7 +269,7 @@ def sampling_mesh(config: ConfigDict, model: DiTConfig, vae: CodecConfig, device
     return make_mesh(sizes, devices)
 
 
-def check_encoders(model: DiTConfig, pretrained) -> None:
+def check_encoders(model: TransformerConfig, pretrained) -> None:
     """Raises UserError if the transformer was made for another VAE or text encoder."""
     vae, text = encoder_configs(pretrained)
     for what, ours, theirs in (
@@ -281,7 +283,7 @@ def check_encoders(model: DiTConfig, pretrained) -> None:
             )
 
 
-def with_run_settings(model: DiTConfig, config: ConfigDict) -> DiTConfig:
+def with_run_settings(model: TransformerConfig, config: ConfigDict) -> TransformerConfig:
     """The sizes of `model`, run as the config says."""
     if model.mask != config.mask:
         logging.warning(

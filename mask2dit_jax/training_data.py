@@ -27,7 +27,7 @@ from mask2dit_jax.data.scene_store import LatentStore
 from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.data.sources import Group, NamedClip, Scan, scan_pretrain_csv, scan_sft_json
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.pretrained import directory as port
@@ -79,7 +79,7 @@ class TrainingData:
         return dict(sorted(self.skipped.items()))
 
 
-def open_training_data(config: ConfigDict, pretrained, model: DiTConfig) -> TrainingData:
+def open_training_data(config: ConfigDict, pretrained, model: TransformerConfig) -> TrainingData:
     """Everything is encoded and checked when this returns.
 
     Args:
@@ -126,7 +126,7 @@ def latent_settings(config: ConfigDict, pretrained, text_tokens: int) -> CacheSe
     )
 
 
-def record_shapes(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> RecordShapes:
+def record_shapes(config: ConfigDict, model: TransformerConfig, vae: VAEConfig) -> RecordShapes:
     """Of the encoded scenes that a transformer is trained with."""
     layout = run_config.scene_layout(config, model, vae)
     height, width = (side * model.patch_size for side in layout.grid)
