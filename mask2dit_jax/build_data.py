@@ -33,7 +33,7 @@ from mask2dit_jax.curate.encode import encode_clip
 from mask2dit_jax.curate.shot_dataset import build_dataset, read_captions
 from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.errors import UserError, run_main
-from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.pretrained import named
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
@@ -128,7 +128,7 @@ def encode(config: TrainConfig, data_file: str, output: str) -> None:
         print(f"{len(index.clips)} of {scan.num_clips} clips encoded in {output}, {len(index.skipped)} skipped")
 
 
-def _model(config: TrainConfig, pretrained, vae, text_encoder) -> DiTConfig:
+def _model(config: TrainConfig, pretrained, vae, text_encoder) -> TransformerConfig:
     """The sizes of the transformer that will train on it."""
     source = TransformerSource.find(pretrained)
     return source.config() if source else setup.model_from_scratch(config, vae, text_encoder)

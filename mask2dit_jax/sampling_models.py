@@ -15,10 +15,7 @@ from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.io import user_cache
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import sizes as scene_sizes
-from mask2dit_jax.models.dit import DiT
-from mask2dit_jax.ops.positions import check_table
-from mask2dit_jax.parallel import sharding
-from mask2dit_jax.parallel.abstract import abstract_module
+from mask2dit_jax.models.registry import backbone_of
 from mask2dit_jax.parallel.mesh import check_tokens
 from mask2dit_jax.pretrained import directory as port
 from mask2dit_jax.pretrained import named
@@ -64,8 +61,7 @@ class SamplingModels:
     def layout(self, frames: Sequence[int]) -> SceneLayout:
         """Of a window of scenes of so many latent frames; raises UserError if the model or the mesh cannot take it."""
         layout = self.model.layout(tuple(frames), *self._latent_size)
-        if not self.model.rope:
-            check_table(layout, self.model.base_frames)
+        self.model.check_positions(layout)
         check_tokens(layout.num_tokens, self.mesh)
         return layout
 
@@ -121,7 +117,7 @@ class SamplingModels:
     @functools.cached_property
     def sampler(self) -> WindowSampler:
         """With the transformer's parameters in the dtype of the computation, each on its devices."""
-        graph, abstract = abstract_module(DiT, self.model, self._dtype, self.mesh, sharding.DIT)
+        graph, abstract = backbone_of(self.model).abstract(self.model, self._dtype, self.mesh)
         return WindowSampler(graph, self._source.load(abstract), self._schedule, self.sampling, self.mesh)
 
 

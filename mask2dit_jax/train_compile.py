@@ -24,14 +24,13 @@ from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.io.atomic import atomic_output
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.models import codec, flops
 from mask2dit_jax.models import sizes as scene_sizes
-from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.models.t5 import T5Config, T5Encoder
+from mask2dit_jax.models.backbone import TRAINING_PASSES, TransformerConfig
+from mask2dit_jax.models.registry import DEFAULT_BACKBONE, CodecConfig, backbone_of, codec_of
+from mask2dit_jax.models.t5 import T5, T5Config
 from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.ops.attention.splash import FORWARD_PRODUCTS, splash_work
 from mask2dit_jax.parallel import sharding
-from mask2dit_jax.parallel.abstract import abstract_module
 from mask2dit_jax.parallel.chips import Topology, parse_topology, prepare_compiler
 from mask2dit_jax.parallel.mesh import CONTEXT, DATA, FSDP, TENSOR, check_tokens, local_mesh, make_mesh
 from mask2dit_jax.pretrained import directory as port
@@ -86,8 +85,8 @@ def main(argv):
 class Sizes:
     """Of all that a job is made of: read from `pretrained`, or CogVideoX's own where nothing is downloaded yet."""
 
-    model: DiTConfig
-    vae: codec.CodecConfig
+    model: TransformerConfig
+    vae: CodecConfig
     text_encoder: T5Config
     schedule: ScheduleConfig
 
@@ -105,7 +104,7 @@ class Sizes:
         return cls(_transformer_sizes(config, vae, text_encoder), vae, text_encoder, schedule)
 
 
-def _transformer_sizes(config: RunConfig, vae: codec.CodecConfig, text_encoder: T5Config) -> DiTConfig:
+def _transformer_sizes(config: RunConfig, vae: CodecConfig, text_encoder: T5Config) -> TransformerConfig:
     """Those of the weights that the config names; else, as in training from scratch, the config's or its preset's."""
     is_training = isinstance(config, TrainConfig)
     stored = (config.init_from if is_training else config.checkpoint) or config.pretrained
@@ -114,12 +113,9 @@ def _transformer_sizes(config: RunConfig, vae: codec.CodecConfig, text_encoder: 
         return source.config()
     if is_training:
         return setup.model_from_scratch(config, vae, text_encoder)
-    if config.preset not in _MODELS:
+    if config.preset not in DEFAULT_BACKBONE.sizes:
         raise UserError(f"there is no transformer in {stored}; set --config.checkpoint to a training workdir")
-    return _MODELS[config.preset](mask=config.mask)
-
-
-_MODELS = {"2b": DiTConfig.cogvideox_2b, "5b": DiTConfig.cogvideox_5b}
+    return DEFAULT_BACKBONE.sizes[config.preset](mask=config.mask)
 
 
 def _compile_train(config: TrainConfig, mesh: Mesh, topology: Topology, sizes: Sizes) -> CompileReport:
@@ -134,7 +130,7 @@ def _compile_denoise(config: SampleConfig, mesh: Mesh, topology: Topology, sizes
     model = scene_sizes.with_run_settings(sizes.model, config)
     layout = scene_sizes.scene_layout(config, model, sizes.vae)
     check_tokens(layout.num_tokens, mesh)
-    graph, params = abstract_module(DiT, model, jnp.dtype(config.compute_dtype), mesh, sharding.DIT)
+    graph, params = backbone_of(model).abstract(model, jnp.dtype(config.compute_dtype), mesh)
     sampler = WindowSampler(graph, params, NoiseSchedule(sizes.schedule), sampling, mesh)
     needed = _model_flops(model, layout, mesh, 1 + sampling.guided, topology, False)
     return _compile("denoising step", lambda: sampler.lower(model, layout, "tpu"), mesh, topology, needed, layout)
@@ -147,8 +143,8 @@ def _compile_encoders(config: RunConfig, topology: Topology, sizes: Sizes, decod
     latent_size = [side * sizes.model.patch_size for side in layout.grid]
     host, frames = topology.host(), (config.num_frames, config.height, config.width)
     text_mesh, vae_mesh = local_mesh(devices=host.devices()), local_mesh(tuple(latent_size), host.devices())
-    text_graph, text_params = abstract_module(T5Encoder, sizes.text_encoder, dtype, text_mesh, sharding.T5)
-    vae_graph, vae_params = abstract_module(codec.module_class(sizes.vae), sizes.vae, dtype, vae_mesh, sharding.VAE)
+    text_graph, text_params = T5.abstract(sizes.text_encoder, dtype, text_mesh)
+    vae_graph, vae_params = codec_of(sizes.vae).abstract(sizes.vae, dtype, vae_mesh)
     ids = _replicated(text_mesh, (1, layout.text_tokens), jnp.int32)
     programs = [("text encode", text_mesh, text_encode(text_graph), text_params, ids)]
     encode, chunks = video_encode(vae_graph), sizes.vae.encode_chunks(frames)
@@ -197,9 +193,10 @@ def _compile(
 
 
 def _model_flops(
-    model: DiTConfig, layout: SceneLayout, mesh: Mesh, batch: int, topology: Topology, training: bool
+    model: TransformerConfig, layout: SceneLayout, mesh: Mesh, batch: int, topology: Topology, training: bool
 ) -> ModelFlops:
-    passes = flops.TRAINING if training else 1
+    backbone = backbone_of(model)
+    passes = TRAINING_PASSES if training else 1
     share = passes * batch / mesh.size
     batch_shards = math.gcd(batch, mesh.shape[DATA] * mesh.shape[FSDP])
     work = splash_work(
@@ -213,8 +210,8 @@ def _model_flops(
         mxu=topology.chip.mxu_width,
     )
     return ModelFlops(
-        matmul_ideal=flops.matmul_flops(model, layout) * share,
-        attention_ideal=flops.attention_flops(model, layout) * share,
+        matmul_ideal=backbone.matmul_flops(model, layout) * share,
+        attention_ideal=backbone.attention_flops(model, layout) * share,
         kernels=splash_kernel_flops(work.forward_executed / FORWARD_PRODUCTS),
         head_dim=model.head_dim,
         attention_occupancy=work.occupancy,

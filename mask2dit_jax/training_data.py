@@ -28,7 +28,7 @@ from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.data.sources import Group, NamedClip, Scan, scan_pretrain_csv, scan_sft_json
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.models import sizes as scene_sizes
-from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.pretrained import directory as port
@@ -80,7 +80,7 @@ class TrainingData:
         return dict(sorted(self.skipped.items()))
 
 
-def open_training_data(config: TrainConfig, pretrained, model: DiTConfig) -> TrainingData:
+def open_training_data(config: TrainConfig, pretrained, model: TransformerConfig) -> TrainingData:
     """Everything is encoded and checked when this returns.
 
     Args:
@@ -127,7 +127,7 @@ def latent_settings(config: TrainConfig, pretrained, text_tokens: int) -> CacheS
     )
 
 
-def record_shapes(config: TrainConfig, model: DiTConfig, vae: VAEConfig) -> RecordShapes:
+def record_shapes(config: TrainConfig, model: TransformerConfig, vae: VAEConfig) -> RecordShapes:
     """Of the encoded scenes that a transformer is trained with."""
     layout = scene_sizes.scene_layout(config, model, vae)
     height, width = (side * model.patch_size for side in layout.grid)

@@ -15,12 +15,13 @@ from mask2dit_jax.config import TrainConfig, read_config
 from mask2dit_jax.curate.encode import Encoders
 from mask2dit_jax.data.sources import Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.paths import ASSETS
 from mask2dit_jax.pretrained import named
 from mask2dit_jax.training import setup
 from mask2dit_jax.training_data import open_training_data
 from tests.data.clips import make_clip
 
-TINY = named.ASSETS / "tiny"
+TINY = ASSETS / "tiny"
 STAGES = {"pretrain": (pretrain, "pretrain.csv"), "sft": (sft, "sft.json")}
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from experiments.desk.world import ALL_SCENES, NUM_FRAMES, SIDE, WorldScene, WorldStory, render
-from mask2dit_jax.config import ASSETS
 from mask2dit_jax.data.sources import Clip, Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.io.atomic import atomic_output
+from mask2dit_jax.io.paths import ASSETS
 from mask2dit_jax.models.space_to_depth import SpaceToDepthConfig
 from mask2dit_jax.pretrained.safetensors import write_json
 

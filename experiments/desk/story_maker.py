@@ -13,9 +13,7 @@ from experiments.desk.world import TEXT_TOKENS, WorldStory, render
 from mask2dit_jax.axes import Array, Floats
 from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
-from mask2dit_jax.models.dit import DiT
-from mask2dit_jax.parallel import sharding
-from mask2dit_jax.parallel.abstract import abstract_module
+from mask2dit_jax.models.registry import backbone_of
 from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.pretrained import directory as port
 from mask2dit_jax.pretrained.encoders import TextEncoder, VideoCodec
@@ -54,7 +52,7 @@ class StoryMaker:
         source = TransformerSource.require(workdir)
         self.model = dataclasses.replace(source.config(), attention="dense")
         mesh = make_mesh(devices=jax.devices()[:1])
-        graph, abstract = abstract_module(DiT, self.model, jnp.float32, mesh, sharding.DIT)
+        graph, abstract = backbone_of(self.model).abstract(self.model, jnp.float32, mesh)
         schedule = NoiseSchedule(port.load_schedule(pretrained))
         config = SamplingConfig(SamplerConfig(num_steps=NUM_STEPS), guidance_scale=1.0, condition=condition)
         self._sampler = WindowSampler(graph, source.load(abstract), schedule, config, mesh)

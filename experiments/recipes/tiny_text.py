@@ -17,8 +17,7 @@ import sentencepiece
 from absl import app, flags
 from flax import nnx
 
-from mask2dit_jax.models.port_t5 import TABLE
-from mask2dit_jax.models.t5 import T5Config, T5Encoder
+from mask2dit_jax.models.t5 import PORT_TABLE, T5Config, T5Encoder
 from mask2dit_jax.pretrained.safetensors import save_weights, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +101,7 @@ def make_text_encoder(folder: Path, seed: int):
     # look the same, cosine similarity 0.93 between their embeddings at 226 tokens. With zero it is 0.13.
     table = encoder.token_embedding.embedding
     table[...] = table[...].at[PAD_ID].set(0)
-    save_weights(TABLE, nnx.state(encoder), folder, name="model")
+    save_weights(PORT_TABLE, nnx.state(encoder), folder, name="model")
     write_json(folder / "config.json", config.to_json())
 
 

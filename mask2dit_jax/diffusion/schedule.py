@@ -19,10 +19,11 @@ import numpy as np
 from mask2dit_jax.axes import Floats, Ints, NpFloats
 from mask2dit_jax.errors import UserError
 
+PREDICTION_TYPE = "v_prediction"  # what models predict: `NoiseSchedule.velocity`
 # Of each key that chooses between formulas: the one value implemented here, and what diffusers takes if it is absent.
 _CHOICES = {
     "beta_schedule": ("scaled_linear", "scaled_linear"),
-    "prediction_type": ("v_prediction", "epsilon"),
+    "prediction_type": (PREDICTION_TYPE, "epsilon"),
     "timestep_spacing": ("trailing", "leading"),
     "trained_betas": (None, None),
 }

@@ -1,8 +1,11 @@
 """Paths that may lie in a bucket (gs://)."""
 
 import os
+from pathlib import Path
 
 from etils import epath
+
+ASSETS = Path(__file__).parents[1] / "assets"  # what ships with the package: the tiny encoders, the demo's captions
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -26,6 +26,8 @@ from mask2dit_jax.ops.attention.api import attend
 from mask2dit_jax.ops.attention.residuals import RESIDUALS
 from mask2dit_jax.parallel.sharding import HEADS, HIDDEN, SAMPLES, TOKENS, constrain
 
+# What the same model is called in diffusers, and in the authors' code.
+CLASS_NAMES = ("CogVideoXTransformer3DModel", "MultiPromptCogVideoXTransformer3DModel")
 QK_NORM_EPS = 1e-6  # fixed in the reference; the other norms read norm_eps
 
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -102,11 +104,21 @@ class DiTConfig:
         """Latent frames of one scene of the base model."""
         return (self.sample_frames - 1) // self.temporal_compression + 1
 
+    @property
+    def activation_width(self) -> int:
+        """Channels per token that a block holds at once: two residual streams and the feed-forward's hidden units."""
+        return (2 + 4) * self.width
+
     def layout(self, frames: tuple[int, ...], height: int, width: int) -> SceneLayout:
         """The layout of scenes of so many latent frames at latent height x width."""
         if height % self.patch_size or width % self.patch_size:
             raise UserError(f"latents of {height} x {width} cannot be cut into patches of {self.patch_size}")
         return SceneLayout(tuple(frames), (height // self.patch_size, width // self.patch_size), self.text_tokens)
+
+    def check_positions(self, layout: SceneLayout) -> None:
+        """Raise UserError if the model has no positions for a layout: the table of the 2B ends, rotations do not."""
+        if not self.rope:
+            positions.check_table(layout, self.base_frames)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "DiTConfig":
@@ -129,7 +141,7 @@ class DiTConfig:
     def to_json(self) -> dict[str, Any]:
         """The `transformer/config.json` that diffusers (and the authors' code) read back."""
         return {
-            "_class_name": "CogVideoXTransformer3DModel",
+            "_class_name": CLASS_NAMES[0],
             **{key: getattr(self, name) for name, key in _JSON_NAMES.items()},
             **_SUPPORTED,
             "out_channels": self.latent_channels,

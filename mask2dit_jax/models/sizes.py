@@ -7,8 +7,8 @@ from absl import logging
 from mask2dit_jax.config import RunConfig, TrainConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.models.codec import CodecConfig
-from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.backbone import TransformerConfig
+from mask2dit_jax.models.registry import CodecConfig
 
 
 def check_sizes(config: RunConfig, vae: CodecConfig, patch_size: int) -> None:
@@ -28,7 +28,7 @@ def check_sizes(config: RunConfig, vae: CodecConfig, patch_size: int) -> None:
         raise UserError(f"num_frames={config.num_frames} is not of the form {time}k + 1; the nearest is {nearest}")
 
 
-def scene_layout(config: RunConfig, model: DiTConfig, vae: CodecConfig) -> SceneLayout:
+def scene_layout(config: RunConfig, model: TransformerConfig, vae: CodecConfig) -> SceneLayout:
     """Return the layout of one training sample, or of one sampling window.
 
     Raises:
@@ -40,7 +40,7 @@ def scene_layout(config: RunConfig, model: DiTConfig, vae: CodecConfig) -> Scene
     return model.layout((frames,) * config.num_scenes, config.height // space, config.width // space)
 
 
-def with_run_settings(model: DiTConfig, config: RunConfig) -> DiTConfig:
+def with_run_settings(model: TransformerConfig, config: RunConfig) -> TransformerConfig:
     """Return the sizes of `model` with the mask, the attention and the rematerialisation that the config asks for."""
     if model.mask != config.mask:
         logging.warning("the weights were made with mask %s, this run uses %s (--config.mask)", model.mask, config.mask)

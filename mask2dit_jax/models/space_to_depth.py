@@ -14,6 +14,7 @@ from flax import nnx
 
 from mask2dit_jax.axes import Floats
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.models.architecture import Architecture
 from mask2dit_jax.models.vae import LOGVAR_RANGE, Posterior
 
 
@@ -82,3 +83,6 @@ class SpaceToDepth(nnx.Module):
 
     def decode_chunk(self, latents: Floats["b f h w c"], cache: None) -> tuple[Floats["b f _h _w 3"], None]:
         return self.decode(latents), cache
+
+
+SPACE_TO_DEPTH = Architecture((SpaceToDepthConfig.CLASS_NAME,), SpaceToDepth, SpaceToDepthConfig, lambda config: (), ())

@@ -17,6 +17,10 @@ from jax.nn.initializers import normal
 
 from mask2dit_jax.axes import Floats, Ints, NpInts
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.models.architecture import Architecture
+from mask2dit_jax.models.port_rules import LINEAR, Rule
+from mask2dit_jax.parallel.mesh import TENSOR, WEIGHTS
+from mask2dit_jax.parallel.sharding import ALL, P, Table
 
 ACTIVATION = "gated-gelu"  # the tanh approximation of GELU, whatever the name says: transformers' "gelu_new"
 
@@ -200,3 +204,36 @@ def _linear(inputs: int, outputs: int, stddev: float, **kwargs) -> nnx.Linear:
 
 def _rms_norm(config: T5Config, **kwargs) -> nnx.RMSNorm:
     return nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, **kwargs)
+
+
+_BLOCK = "encoder.block.{layer}.layer"
+
+PORT_TABLE = (  # of transformers' T5EncoderModel
+    # One tensor under two names; files hold either or both.
+    Rule("shared.weight", "token_embedding.embedding", aliases=("encoder.embed_tokens.weight",)),
+    # Only block 0 has a bias of its own; all blocks use it.
+    Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "relative_bias.embedding"),
+    Rule(f"{_BLOCK}.0.layer_norm.weight", "blocks.attn_norm.scale"),
+    Rule(f"{_BLOCK}.0.SelfAttention.q.weight", "blocks.attn.query.kernel", LINEAR),
+    Rule(f"{_BLOCK}.0.SelfAttention.k.weight", "blocks.attn.key.kernel", LINEAR),
+    Rule(f"{_BLOCK}.0.SelfAttention.v.weight", "blocks.attn.value.kernel", LINEAR),
+    Rule(f"{_BLOCK}.0.SelfAttention.o.weight", "blocks.attn.out.kernel", LINEAR),
+    Rule(f"{_BLOCK}.1.layer_norm.weight", "blocks.mlp_norm.scale"),
+    Rule(f"{_BLOCK}.1.DenseReluDense.wi_0.weight", "blocks.mlp.gate.kernel", LINEAR),
+    Rule(f"{_BLOCK}.1.DenseReluDense.wi_1.weight", "blocks.mlp.up.kernel", LINEAR),
+    Rule(f"{_BLOCK}.1.DenseReluDense.wo.weight", "blocks.mlp.down.kernel", LINEAR),
+    Rule("encoder.final_layer_norm.weight", "final_norm.scale"),
+)
+
+# The encoder only runs forward: its parameters are sharded for memory, not for speed.
+SHARDING: Table = (
+    (r"token_embedding\.embedding", P(None, ALL)),
+    (r"relative_bias\.embedding", P()),
+    (r"blocks\.attn\.(query|key|value)\.kernel", P(None, WEIGHTS, TENSOR)),
+    (r"blocks\.attn\.out\.kernel", P(None, TENSOR, WEIGHTS)),
+    (r"blocks\.mlp\.(gate|up)\.kernel", P(None, WEIGHTS, TENSOR)),
+    (r"blocks\.mlp\.down\.kernel", P(None, TENSOR, WEIGHTS)),
+    (r"(blocks\.(attn|mlp)_norm|final_norm)\.scale", P()),
+)
+
+T5 = Architecture(("T5EncoderModel",), T5Encoder, T5Config, lambda config: PORT_TABLE, SHARDING)

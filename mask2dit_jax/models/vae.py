@@ -24,11 +24,14 @@ from jax.typing import DTypeLike
 from mask2dit_jax.axes import Array, Floats
 from mask2dit_jax.config import CHUNKINGS
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.models import port_vae
+from mask2dit_jax.models.architecture import Architecture
 from mask2dit_jax.parallel.mesh import platform
-from mask2dit_jax.parallel.sharding import FRAMES, constrain
+from mask2dit_jax.parallel.sharding import FRAMES, P, Table, constrain
 
 Cache = Mapping[str, Any] | None
 
+CLASS_NAME = "AutoencoderKLCogVideoX"  # in diffusers
 ENCODE_CHUNK = 8  # pixel frames; the first chunk takes the remainder on top
 DECODE_CHUNK = 2  # latent frames
 LARGE = 2**26  # elements a chunk from which a CPU convolves it frame by frame, for memory
@@ -99,7 +102,7 @@ class VAEConfig:
         """The dict diffusers reads back as the same model."""
         levels = len(self.block_out_channels)
         return (
-            {"_class_name": "AutoencoderKLCogVideoX"}
+            {"_class_name": CLASS_NAME}
             | dataclasses.asdict(self)
             | {"block_out_channels": list(self.block_out_channels)}
             | {key: [value] * levels for key, value in _BLOCK_TYPES.items()}
@@ -571,3 +574,8 @@ def _in_chunks(coder: Callable, x: Floats["b f h w c"], first: int, size: int) -
         out, cache = coder(x[:, start : start + size], cache)
         outs.append(out)
     return jnp.concatenate(outs, axis=1)
+
+
+SHARDING: Table = ((r".*", P()),)  # 0.2 B parameters, on every device; its activations are what is large
+
+COGVIDEOX_VAE = Architecture((CLASS_NAME,), VAE, VAEConfig, lambda config: port_vae.TABLE, SHARDING)

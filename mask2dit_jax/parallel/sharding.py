@@ -16,44 +16,7 @@ from mask2dit_jax.parallel.mesh import BATCH, CONTEXT, TENSOR, WEIGHTS
 
 P = PartitionSpec
 Table = Sequence[tuple[str, PartitionSpec]]
-_ALL = (*WEIGHTS, TENSOR)  # where no axis is heads or hidden units
-
-# Kernels are (layer, in, out) in the blocks and (in, out) outside. The large axis of each is sharded over WEIGHTS;
-# heads and hidden units over TENSOR, so that a block exchanges activations twice, after `out` and after `down`.
-DIT: Table = (
-    (r"blocks\.attn\.(query|key|value)\.kernel", P(None, WEIGHTS, TENSOR)),
-    (r"blocks\.attn\.(query|key|value)\.bias", P(None, TENSOR)),
-    (r"blocks\.attn\.out\.kernel", P(None, TENSOR, WEIGHTS)),
-    (r"blocks\.attn\.norm_[qk]\.(scale|bias)", P()),
-    (r"blocks\.mlp\.up\.kernel", P(None, WEIGHTS, TENSOR)),
-    (r"blocks\.mlp\.up\.bias", P(None, TENSOR)),
-    (r"blocks\.mlp\.down\.kernel", P(None, TENSOR, WEIGHTS)),
-    (r"blocks\.norm[12]\.modulation\.linear\.kernel", P(None, None, _ALL)),
-    (r"blocks\.norm[12]\.modulation\.linear\.bias", P(None, _ALL)),
-    (r"blocks\.(attn\.out|mlp\.down|norm[12]\.norm)\.(scale|bias)", P()),
-    (r"modulation_out\.linear\.kernel", P(None, _ALL)),
-    (r"(text_embed|time_embed\.linear_[12])\.kernel", P(_ALL, None)),
-    (r"(patch_embed|proj_out)\.kernel", P()),  # small, and used on all tokens
-    (r"(patch_embed|text_embed|time_embed\.linear_[12]|modulation_out\.linear|proj_out)\.bias", P()),
-    (r"norm_(final|out)\.(scale|bias)", P()),
-    # LoRA: each adapter as the side of the kernel that it stands beside.
-    (r"blocks\.(attn\.(query|key|value)|mlp\.up)\.lora_a", P(None, WEIGHTS, None)),
-    (r"blocks\.(attn\.(query|key|value)|mlp\.up)\.lora_b", P(None, None, TENSOR)),
-    (r"blocks\.(attn\.out|mlp\.down)\.lora_a", P(None, TENSOR, None)),
-    (r"blocks\.(attn\.out|mlp\.down)\.lora_b", P(None, None, WEIGHTS)),
-)
-
-# The encoders only run forward: their parameters are sharded for memory, not for speed.
-T5: Table = (
-    (r"token_embedding\.embedding", P(None, _ALL)),
-    (r"relative_bias\.embedding", P()),
-    (r"blocks\.attn\.(query|key|value)\.kernel", P(None, WEIGHTS, TENSOR)),
-    (r"blocks\.attn\.out\.kernel", P(None, TENSOR, WEIGHTS)),
-    (r"blocks\.mlp\.(gate|up)\.kernel", P(None, WEIGHTS, TENSOR)),
-    (r"blocks\.mlp\.down\.kernel", P(None, TENSOR, WEIGHTS)),
-    (r"(blocks\.(attn|mlp)_norm|final_norm)\.scale", P()),
-)
-VAE: Table = ((r".*", P()),)  # 0.2 B parameters; its activations are what is large
+ALL = (*WEIGHTS, TENSOR)  # for parameters with no axis of heads or hidden units
 
 # Activations, at the points where models say so.
 TOKENS = P(BATCH, CONTEXT)  # (b l d), and (b l anything)

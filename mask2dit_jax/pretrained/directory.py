@@ -24,11 +24,10 @@ from jax.sharding import SingleDeviceSharding
 from mask2dit_jax.diffusion.schedule import ScheduleConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.paths import absolute
-from mask2dit_jax.models import codec, port_dit, port_t5, port_vae
-from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.models import registry
+from mask2dit_jax.models.architecture import Architecture
 from mask2dit_jax.models.port_rules import Rule, flatten
-from mask2dit_jax.models.t5 import T5Config, T5Encoder
-from mask2dit_jax.parallel.abstract import memoryless
+from mask2dit_jax.models.t5 import T5, T5Config
 from mask2dit_jax.pretrained.safetensors import load_state, open_weights, read_json, save_weights, write_json
 
 PARAMS = "params"
@@ -40,27 +39,35 @@ SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """How one folder becomes a module: its config, its class, its port table, and the name of its safetensors files."""
+    """How one folder becomes a module.
+
+    Attributes:
+        name: of the folder.
+        read_config: makes the config of the contents of config.json.
+        architecture: finds the network of a config.
+        weights_name: how its safetensors files are called.
+    """
 
     name: str
     read_config: Callable[[Mapping[str, Any]], Any]
-    module_class: Callable[[Any], type[nnx.Module]]
-    table: Callable[[Any], tuple[Rule, ...]]
+    architecture: Callable[[Any], Architecture]
     weights_name: str
 
     def module(self, config, **kwargs) -> nnx.Module:
-        """The module without memory: every parameter is a shape."""
-        return memoryless(self.module_class(config), config, **kwargs)
+        """Return the module with a shape in place of every parameter."""
+        return self.architecture(config).memoryless(config, **kwargs)
+
+    def table(self, config) -> tuple[Rule, ...]:
+        """Return the port table."""
+        return self.architecture(config).port_table(config)
 
 
 COMPONENTS = {
     c.name: c
     for c in (
-        Component("transformer", DiTConfig.from_json, lambda config: DiT, port_dit.table, "diffusion_pytorch_model"),
-        Component(
-            "vae", codec.read_config, codec.module_class, lambda config: port_vae.TABLE, "diffusion_pytorch_model"
-        ),
-        Component("text_encoder", T5Config.from_json, lambda config: T5Encoder, lambda config: port_t5.TABLE, "model"),
+        Component("transformer", registry.read_transformer_config, registry.backbone_of, "diffusion_pytorch_model"),
+        Component("vae", registry.read_codec_config, registry.codec_of, "diffusion_pytorch_model"),
+        Component("text_encoder", T5Config.from_json, lambda config: T5, "model"),
     )
 }
 

@@ -15,11 +15,9 @@ from flax import nnx
 from jaxtyping import Float32, Int32, UInt8
 
 from mask2dit_jax.axes import Array, Floats
-from mask2dit_jax.models import codec
-from mask2dit_jax.models.t5 import T5Encoder
+from mask2dit_jax.models.registry import codec_of
+from mask2dit_jax.models.t5 import T5
 from mask2dit_jax.models.vae import Posterior
-from mask2dit_jax.parallel import sharding
-from mask2dit_jax.parallel.abstract import abstract_module
 from mask2dit_jax.parallel.mesh import local_mesh
 from mask2dit_jax.pretrained.directory import fingerprint, load_component, load_config
 from mask2dit_jax.pretrained.prompt_cache import EmbeddingCache
@@ -58,7 +56,7 @@ class TextEncoder:
     @functools.cached_property
     def _run(self) -> Callable[[np.ndarray], np.ndarray]:
         mesh = local_mesh()
-        graph, params = abstract_module(T5Encoder, self._config, self._dtype, mesh, sharding.T5)
+        graph, params = T5.abstract(self._config, self._dtype, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, params)
         params = load_component(self._pretrained, "text_encoder", self._config, dtype=self._dtype, shardings=shardings)
         encode = jax.jit(text_encode(graph))
@@ -103,8 +101,8 @@ class VideoCodec:
 
     @functools.cached_property
     def _model(self) -> tuple[nnx.GraphDef, nnx.State]:
-        kind, dtype = codec.module_class(self.config), self._dtype
-        graph, params = abstract_module(kind, self.config, dtype, self._mesh, sharding.VAE)
+        dtype = self._dtype
+        graph, params = codec_of(self.config).abstract(self.config, dtype, self._mesh)
         shardings = jax.tree.map(lambda x: x.sharding, params)
         return graph, load_component(self._pretrained, "vae", self.config, dtype=dtype, shardings=shardings)
 

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.models.codec import CodecConfig
-from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.io.paths import ASSETS
+from mask2dit_jax.models.backbone import TransformerConfig
+from mask2dit_jax.models.registry import CodecConfig
 from mask2dit_jax.models.t5 import T5Config
 from mask2dit_jax.pretrained.directory import load_config
-
-ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def resolve_pretrained(config) -> Path | str:
@@ -29,7 +28,7 @@ def encoder_configs(pretrained) -> tuple[CodecConfig, T5Config]:
     return load_config(pretrained, "vae"), load_config(pretrained, "text_encoder")
 
 
-def check_encoders(model: DiTConfig, pretrained) -> None:
+def check_encoders(model: TransformerConfig, pretrained) -> None:
     """Raises UserError if the transformer was made for another VAE or text encoder."""
     vae, text = encoder_configs(pretrained)
     for what, ours, theirs in (

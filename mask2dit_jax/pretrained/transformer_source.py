@@ -9,10 +9,10 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.models import lora
-from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.models.port_rules import flatten
+from mask2dit_jax.models.registry import backbone_of, read_transformer_config
 from mask2dit_jax.parallel import sharding
-from mask2dit_jax.parallel.abstract import memoryless
 from mask2dit_jax.pretrained import directory as port
 from mask2dit_jax.pretrained import stored_checkpoint
 
@@ -54,9 +54,10 @@ class TransformerSource:
             )
         return source
 
-    def config(self) -> DiTConfig:
+    def config(self) -> TransformerConfig:
+        """Read the config; its class is the backbone's that the stored `_class_name` means."""
         if self.is_checkpoint:
-            return DiTConfig.from_json(stored_checkpoint.read_record(self.folder)["model"])
+            return read_transformer_config(stored_checkpoint.read_record(self.folder)["model"])
         return port.load_config(self.folder, "transformer")
 
     def load(self, abstract: nnx.State) -> nnx.State:
@@ -98,14 +99,17 @@ class TransformerSource:
         return lora.LoRAConfig(**fields) if fields else None
 
     def _with_adapters(self, abstract: nnx.State) -> nnx.State:
-        """`abstract` of the plain model, and what the checkpoint holds beside it."""
-        config = dataclasses.replace(self.config(), lora=self._adapters())
-        if config.lora is None:
+        """Return `abstract`, of the plain model, with the adapters that the checkpoint holds beside it."""
+        adapted = self._adapters()
+        if adapted is None:
             return abstract
-        adapters = lora.adapters_of(nnx.state(memoryless(DiT, config)))
+        config = dataclasses.replace(self.config(), lora=adapted)
+        backbone = backbone_of(config)
+        adapters = lora.adapters_of(nnx.state(backbone.memoryless(config)))
         place = jax.tree.leaves(abstract)[0].sharding
         if isinstance(place, NamedSharding):
-            adapters = sharding.placed(adapters, sharding.parameter_shardings(adapters, place.mesh, sharding.DIT))
+            shardings = sharding.parameter_shardings(adapters, place.mesh, backbone.sharding_table)
+            adapters = sharding.placed(adapters, shardings)
         elif place is not None:
             adapters = sharding.placed(adapters, jax.tree.map(lambda _: place, adapters))
         return nnx.merge_state(abstract, adapters)

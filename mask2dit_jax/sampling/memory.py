@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.models.t5 import T5Config
 from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.pretrained.directory import COMPONENTS
@@ -32,7 +32,7 @@ class SamplingMemory:
     @classmethod
     def of(
         cls,
-        model: DiTConfig,
+        model: TransformerConfig,
         vae: VAEConfig,
         text_encoder: T5Config,
         layout: SceneLayout,
@@ -52,7 +52,7 @@ class SamplingMemory:
             size * _parameters("text_encoder", text_encoder),
             size * _parameters("transformer", model),
             size * _parameters("vae", vae),
-            copies * layout.num_tokens * model.width * (2 + 4) * size,
+            copies * layout.num_tokens * model.activation_width * size,
             latent_bytes,
         )
 

@@ -16,7 +16,7 @@ from mask2dit_jax.diffusion.guidance import guidance_scales, guide
 from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.mesh import make_mesh
 
@@ -112,7 +112,7 @@ class WindowSampler:
                 on_step(x.block_until_ready())  # a step takes seconds; a progress bar that runs ahead would lie
         return x
 
-    def lower(self, model: DiTConfig, layout: SceneLayout, platform: str) -> jax.stages.Lowered:
+    def lower(self, model: TransformerConfig, layout: SceneLayout, platform: str) -> jax.stages.Lowered:
         """One step of the loop for one story, to be compiled for the devices of the mesh."""
         place = sharding.replicated(self._mesh)
         height, width = (side * model.patch_size for side in layout.grid)

@@ -14,11 +14,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from mask2dit_jax.axes import Array
+from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.models import flops, lora
-from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.models import lora
+from mask2dit_jax.models.backbone import Backbone, TransformerConfig
+from mask2dit_jax.models.registry import backbone_of
 from mask2dit_jax.parallel import sharding
-from mask2dit_jax.parallel.abstract import memoryless
 from mask2dit_jax.parallel.mesh import check_batch, check_tokens
 from mask2dit_jax.training import trainable
 from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -45,7 +46,7 @@ class TrainProgram:
     """
 
     mesh: Mesh
-    model: DiTConfig
+    model: TransformerConfig
     objective: Objective
     optimizer: OptimizerConfig
     global_batch_size: int
@@ -57,14 +58,21 @@ class TrainProgram:
     stored_layout: SceneLayout | None = None
 
     def __post_init__(self):
+        if self.model.lora and not self.backbone.supports_lora:
+            raise UserError(f"{self.backbone.class_names[0]} has no LoRA adapters; set --config.lora.rank=0")
         check_batch(self.global_batch_size, self.mesh, self.update.accumulate_steps)
         check_tokens(self.objective.layout.num_tokens, self.mesh)
         trainable.check_patterns(self._split_model[1], self.update.trainable)
 
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone that trains."""
+        return backbone_of(self.model)
+
     @functools.cached_property
     def _split_model(self) -> tuple[nnx.GraphDef, nnx.State]:
         kwargs = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return nnx.split(memoryless(DiT, self.model, **kwargs))
+        return nnx.split(self.backbone.memoryless(self.model, **kwargs))
 
     @property
     def abstract_params(self) -> nnx.State:
@@ -73,13 +81,13 @@ class TrainProgram:
         frozen_dtype = self.frozen_dtype or self.param_dtype
         frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, frozen_dtype), frozen)
         params = trainable.join(trained, frozen)
-        return sharding.placed(params, sharding.parameter_shardings(params, self.mesh, sharding.DIT))
+        return sharding.placed(params, sharding.parameter_shardings(params, self.mesh, self.backbone.sharding_table))
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of the whole state: what a checkpoint is restored onto."""
         state = jax.eval_shape(self._init_state, self.abstract_params)
-        return sharding.placed(state, sharding.parameter_shardings(state, self.mesh, sharding.DIT))
+        return sharding.placed(state, sharding.parameter_shardings(state, self.mesh, self.backbone.sharding_table))
 
     @functools.cached_property
     def abstract_batch(self) -> AbstractBatch:
@@ -120,7 +128,7 @@ class TrainProgram:
         sizes = {path: leaf.size for path, leaf in leaves if path[-1] == "kernel"}
         trained = sum(size for path, size in sizes.items() if trainable.is_trained(path, self.update.trainable))
         share = trained / sum(sizes.values())
-        return self.global_batch_size * flops.training_flops(self.model, self.objective.layout, share)
+        return self.global_batch_size * self.backbone.training_flops(self.model, self.objective.layout, share)
 
     @property
     def graph(self) -> nnx.GraphDef:
@@ -143,7 +151,8 @@ class TrainProgram:
         abstract = choose(self.abstract_params)
 
         def init():
-            params = choose(nnx.state(DiT(self.model, rngs=nnx.Rngs(self.seed), param_dtype=self.param_dtype)))
+            model = self.backbone.module(self.model, rngs=nnx.Rngs(self.seed), param_dtype=self.param_dtype)
+            params = choose(nnx.state(model))
             return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), params, abstract)
 
         return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()

@@ -10,22 +10,22 @@ from jax.sharding import Mesh
 from mask2dit_jax.config import TrainConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.models import sizes
-from mask2dit_jax.models.codec import CodecConfig
-from mask2dit_jax.models.dit import DiTConfig
+from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.models.lora import PATTERN
+from mask2dit_jax.models.registry import DEFAULT_BACKBONE, CodecConfig
 from mask2dit_jax.models.t5 import T5Config
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
 from mask2dit_jax.training.program import TrainProgram
 from mask2dit_jax.training.step import Objective, UpdateConfig
 
 
-def model_from_scratch(config: TrainConfig, vae: CodecConfig, text_encoder: T5Config) -> DiTConfig:
+def model_from_scratch(config: TrainConfig, vae: CodecConfig, text_encoder: T5Config) -> TransformerConfig:
     """Return the sizes of a transformer that is trained from scratch between this VAE and this text encoder."""
     ends = {"latent_channels": vae.latent_channels, "text_embed_dim": text_encoder.width}
-    return DiTConfig(**dataclasses.asdict(config.model), **ends, mask=config.mask)
+    return DEFAULT_BACKBONE.config(**dataclasses.asdict(config.model), **ends, mask=config.mask)
 
 
-def stored_model(source: TransformerSource, wanted: DiTConfig, config: TrainConfig) -> DiTConfig:
+def stored_model(source: TransformerSource, wanted: TransformerConfig, config: TrainConfig) -> TransformerConfig:
     """Return the sizes that stored weights bring, and log which sizes of `config.model` they overrule."""
     stored = source.config()
     names = [field.name for field in dataclasses.fields(config.model)]
@@ -37,7 +37,7 @@ def stored_model(source: TransformerSource, wanted: DiTConfig, config: TrainConf
 
 
 def train_program(
-    config: TrainConfig, mesh: Mesh, model: DiTConfig, vae: CodecConfig, schedule: ScheduleConfig
+    config: TrainConfig, mesh: Mesh, model: TransformerConfig, vae: CodecConfig, schedule: ScheduleConfig
 ) -> TrainProgram:
     """Return what the config trains on `mesh`, for samples whose scenes have the stored length.
 
@@ -67,7 +67,7 @@ def train_program(
 
 
 def train_programs(
-    config: TrainConfig, mesh: Mesh, model: DiTConfig, vae: CodecConfig, schedule: ScheduleConfig
+    config: TrainConfig, mesh: Mesh, model: TransformerConfig, vae: CodecConfig, schedule: ScheduleConfig
 ) -> tuple[TrainProgram, ...]:
     """Return a program for each layout of scenes in `scene_frames`; they share their state."""
     program = train_program(config, mesh, model, vae, schedule)
@@ -80,7 +80,7 @@ def train_programs(
     return tuple(dataclasses.replace(program, objective=objective) for objective in objectives)
 
 
-def run_record(config: TrainConfig, model: DiTConfig) -> dict[str, Any]:
+def run_record(config: TrainConfig, model: TransformerConfig) -> dict[str, Any]:
     """Return what a checkpoint records of its run: enough to sample from it, to export it and to name changes."""
     return {
         "model": model.to_json(),

@@ -13,7 +13,7 @@ from mask2dit_jax.diffusion import conditioning
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.models.dit import DiT
+from mask2dit_jax.models.backbone import Transformer
 from mask2dit_jax.parallel.mesh import BATCH
 from mask2dit_jax.parallel.sharding import P, constrain
 from mask2dit_jax.training import trainable
@@ -27,7 +27,7 @@ class Objective:
     """What is learnt.
 
     Attributes:
-        scaling_factor: of the VAE; the DiT sees latents times this.
+        scaling_factor: of the VAE; the transformer sees latents times this.
         condition_probability: p, the share of scene-extension samples (0 in pretraining, 0.5 in SFT).
         condition: how known scenes are shown, "clean" or "noised" (at t = 0).
     """
@@ -103,7 +103,7 @@ def evaluated_params(state: TrainState, update: UpdateConfig) -> nnx.State:
 
 
 def denoising_loss(
-    model: DiT,
+    model: Transformer,
     objective: Objective,
     latents: Floats["b f h w c"],
     text: Floats["b s t x"],
@@ -240,6 +240,6 @@ def _draw_inputs(key: Array, batch: Batch, objective: Objective):
 
 
 def draw_latents(key: Array, batch: Batch, objective: Objective) -> Floats["b f h w c"]:
-    """Latents as the DiT sees them: drawn from the posterior, scaled."""
+    """Latents as the transformer sees them: drawn from the posterior, scaled."""
     mean, std = batch["mean"], jnp.exp(0.5 * batch["logvar"])
     return (mean + std * jax.random.normal(key, mean.shape)) * objective.scaling_factor

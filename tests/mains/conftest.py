@@ -12,8 +12,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
 from mask2dit_jax.data.sources import Clip, Group, write_pretrain_csv, write_sft_json
+from mask2dit_jax.io.paths import ASSETS
 from mask2dit_jax.media.video_writer import write_video
-from mask2dit_jax.pretrained import named
 from tests.mains import process
 from tests.xla_flags import XLA_FLAGS
 
@@ -153,7 +153,7 @@ def pretrain_workdir(commands, dataset, tmp_path_factory) -> Path:
     return workdir
 
 
-TINY = named.ASSETS / "tiny"
+TINY = ASSETS / "tiny"
 
 
 @pytest.fixture(scope="session")

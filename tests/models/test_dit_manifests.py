@@ -10,8 +10,8 @@ from flax import nnx
 
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.models.cogvideox import port_table
 from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.models.port_dit import table
 from mask2dit_jax.models.port_rules import export, flatten, plan
 from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer
 from mask2dit_jax.training.step import Objective, init_state, make_train_step
@@ -32,10 +32,10 @@ def abstract_model(config: DiTConfig, **kwargs):
 def test_every_key_is_a_parameter_and_back(size):
     config, shapes = CONFIGS[size], manifest(size)
     _, state = abstract_model(config)
-    slots = plan(table(config), shapes, state)
+    slots = plan(port_table(config), shapes, state)
     assert slots.keys() == shapes.keys()
     assert {slot.path for slot in slots.values()} == flatten(state).keys()
-    assert {key: shape for key, shape, _ in export(table(config), state)} == shapes
+    assert {key: shape for key, shape, _ in export(port_table(config), state)} == shapes
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -49,7 +49,7 @@ def test_misfits_are_named(change, message):
     change(shapes)
     _, state = abstract_model(CONFIGS["2b"])
     with pytest.raises(UserError, match=message):
-        plan(table(CONFIGS["2b"]), shapes, state)
+        plan(port_table(CONFIGS["2b"]), shapes, state)
 
 
 @pytest.mark.parametrize("size", CONFIGS)

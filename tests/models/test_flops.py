@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from mask2dit_jax.models.cogvideox import attention_flops, matmul_flops
 from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.models.flops import attention_flops, matmul_flops
 
 
 @pytest.mark.parametrize("rope", [True, False])

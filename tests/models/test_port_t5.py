@@ -7,8 +7,7 @@ import numpy as np
 from flax import nnx
 
 from mask2dit_jax.models.port_rules import export, flatten, plan
-from mask2dit_jax.models.port_t5 import TABLE
-from mask2dit_jax.models.t5 import T5Config, T5Encoder
+from mask2dit_jax.models.t5 import PORT_TABLE, T5Config, T5Encoder
 
 _SHAPES = json.loads((Path(__file__).parents[1] / "manifests/t5.json").read_text())
 MANIFEST = {key: tuple(shape) for key, shape in _SHAPES.items()}
@@ -21,7 +20,7 @@ def xxl_state():
 
 def test_every_key_of_xxl_has_its_parameter():
     state = xxl_state()
-    slots = plan(TABLE, MANIFEST, state)
+    slots = plan(PORT_TABLE, MANIFEST, state)
     assert MANIFEST.keys() - slots.keys() == {EMBEDDING_NAMES[1]}  # the second name of one tensor
     stacked = {slot.path for slot in slots.values() if slot.layer is not None}
     assert all(flatten(state)[path].shape[0] == T5Config.xxl().num_layers for path in stacked)
@@ -32,10 +31,10 @@ def test_every_key_of_xxl_has_its_parameter():
 
 def test_either_name_of_the_embedding_is_enough():
     for name in EMBEDDING_NAMES:
-        slots = plan(TABLE, {key: shape for key, shape in MANIFEST.items() if key != name}, xxl_state())
+        slots = plan(PORT_TABLE, {key: shape for key, shape in MANIFEST.items() if key != name}, xxl_state())
         assert len(slots) == len(MANIFEST) - 1
 
 
 def test_export_writes_the_keys_of_the_manifest():
-    exported = {key: shape for key, shape, _ in export(TABLE, xxl_state())}
+    exported = {key: shape for key, shape, _ in export(PORT_TABLE, xxl_state())}
     assert exported == {key: shape for key, shape in MANIFEST.items() if key != EMBEDDING_NAMES[1]}

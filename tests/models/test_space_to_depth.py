@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.models import codec
+from mask2dit_jax.models.registry import codec_of, read_codec_config
 from mask2dit_jax.models.space_to_depth import SpaceToDepth, SpaceToDepthConfig
 from mask2dit_jax.models.vae import VAE, VAEConfig
 from mask2dit_jax.pretrained.directory import load_config
@@ -40,10 +40,10 @@ def test_a_latent_is_a_square_of_pixels(pretrained):
 
 def test_the_class_name_in_the_config_decides(pretrained):
     assert load_config(pretrained, "vae") == CONFIG
-    assert codec.module_class(CONFIG) is SpaceToDepth
+    assert codec_of(CONFIG).module is SpaceToDepth
     stored = VAEConfig().to_json()
-    assert codec.read_config(stored) == VAEConfig()
-    assert codec.module_class(VAEConfig()) is VAE
+    assert read_codec_config(stored) == VAEConfig()
+    assert codec_of(VAEConfig()).module is VAE
 
 
 def test_it_has_no_parameters():
@@ -52,4 +52,4 @@ def test_it_has_no_parameters():
 
 def test_a_config_without_its_sizes_is_named():
     with pytest.raises(UserError, match="spatial_compression_ratio missing"):
-        codec.read_config({"_class_name": "SpaceToDepth", "scaling_factor": 1.0, "sample_height": 8, "sample_width": 8})
+        read_codec_config({"_class_name": "SpaceToDepth", "scaling_factor": 1.0, "sample_height": 8, "sample_width": 8})

@@ -15,8 +15,7 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer, T5EncoderModel
 
 import mask2dit_jax
-from mask2dit_jax.models.port_t5 import TABLE
-from mask2dit_jax.models.t5 import T5Config, T5Encoder
+from mask2dit_jax.models.t5 import PORT_TABLE, T5Config, T5Encoder
 from mask2dit_jax.pretrained.safetensors import load_state, open_weights, read_json
 from mask2dit_jax.pretrained.tokenizer import count_tokens, load_tokenizer, tokenize
 
@@ -30,7 +29,7 @@ def encoder():
     config = T5Config.from_json(read_json(TINY / "text_encoder/config.json"))
     assert config == T5Config.tiny()
     graph, state = nnx.split(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0))))
-    return nnx.jit(nnx.merge(graph, load_state(TABLE, open_weights(TINY / "text_encoder"), state)))
+    return nnx.jit(nnx.merge(graph, load_state(PORT_TABLE, open_weights(TINY / "text_encoder"), state)))
 
 
 def test_transformers_agrees(encoder):

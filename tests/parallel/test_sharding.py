@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from mask2dit_jax.models.cogvideox import COGVIDEOX
 from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.models.t5 import T5Config, T5Encoder
-from mask2dit_jax.models.vae import VAE, VAEConfig
+from mask2dit_jax.models.t5 import T5, T5Config, T5Encoder
+from mask2dit_jax.models.vae import COGVIDEOX_VAE, VAE, VAEConfig
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.mesh import AXES
 
@@ -39,7 +40,7 @@ def described(params, table, mesh) -> dict[str, list]:
 @pytest.mark.parametrize("size", MODELS)
 def test_every_parameter_lies_where_it_lay(size):
     """If this fails and the change is meant: the new table is what `described` returns."""
-    found = described(abstract(DiT, MODELS[size]()), sharding.DIT, SLICE)
+    found = described(abstract(DiT, MODELS[size]()), COGVIDEOX.sharding_table, SLICE)
     assert found == json.loads((GOLDEN / f"sharding_{size}.json").read_text())
 
 
@@ -47,7 +48,7 @@ def test_every_parameter_lies_where_it_lay(size):
 def test_no_chip_holds_a_large_parameter_whole(size):
     mesh = AbstractMesh((1, 8, 4, 2), AXES)
     params = abstract(DiT, MODELS[size]())
-    specs = described(params, sharding.DIT, mesh)
+    specs = described(params, COGVIDEOX.sharding_table, mesh)
     whole = total = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         entries = specs[sharding.name_of(path)]
@@ -58,7 +59,8 @@ def test_no_chip_holds_a_large_parameter_whole(size):
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "table"), [(T5Encoder, T5Config.xxl(), sharding.T5), (VAE, VAEConfig(), sharding.VAE)]
+    ("kind", "config", "table"),
+    [(T5Encoder, T5Config.xxl(), T5.sharding_table), (VAE, VAEConfig(), COGVIDEOX_VAE.sharding_table)],
 )
 def test_encoders_have_their_rows(kind, config, table):
     specs = described(abstract(kind, config), table, SLICE)
@@ -70,8 +72,8 @@ def test_optimiser_state_follows_its_parameters():
     params = abstract(DiT, DiTConfig(2, 16, 1))
     state = jax.eval_shape(optax.adamw(1e-3).init, params)
     mesh = jax.make_mesh((1, 2, 2, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
-    ours = sharding.parameter_shardings(params, mesh, sharding.DIT)
-    theirs = sharding.parameter_shardings(state, mesh, sharding.DIT)
+    ours = sharding.parameter_shardings(params, mesh, COGVIDEOX.sharding_table)
+    theirs = sharding.parameter_shardings(state, mesh, COGVIDEOX.sharding_table)
     assert theirs[0].mu == theirs[0].nu == ours
     assert theirs[0].count.spec == P()
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from flax import nnx
 
+from mask2dit_jax.models.cogvideox import port_table
 from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.models.port_dit import table
 from mask2dit_jax.ops import positions
 from mask2dit_jax.ops.masks import dense_mask
 from tests.parity.cases import assert_close, cases, load, to_channels_last
@@ -22,7 +22,7 @@ TOLERANCE = 5e-5
 
 def case_model(case, **overrides) -> DiT:
     config = DiTConfig.from_json(case.config["model"] | overrides)
-    return load(lambda: DiT(config, rngs=nnx.Rngs(0)), table(config), case.weights(case.config["weights"]))
+    return load(lambda: DiT(config, rngs=nnx.Rngs(0)), port_table(config), case.weights(case.config["weights"]))
 
 
 def case_layout(case, config: DiTConfig, hidden):
@@ -184,7 +184,7 @@ def test_equals_live_diffusers_on_one_scene(overrides):
     reference = random_diffusers_model(**overrides)
     config = DiTConfig.from_json(reference.config)
     tensors = {k: v.numpy() for k, v in reference.state_dict().items() if not k.endswith("pos_embedding")}
-    model = load(lambda: DiT(config, rngs=nnx.Rngs(0)), table(config), tensors)
+    model = load(lambda: DiT(config, rngs=nnx.Rngs(0)), port_table(config), tensors)
     layout = config.layout((3,), 8, 12)
     rng = np.random.default_rng(1)
     latents = rng.normal(size=(2, 3, 4, 8, 12)).astype(np.float32)
@@ -206,7 +206,7 @@ def test_bfloat16_stays_close_to_float32():
     reference = random_diffusers_model(num_attention_heads=4)
     config = DiTConfig.from_json(reference.config)
     tensors = {k: v.numpy() for k, v in reference.state_dict().items()}
-    model = load(lambda: DiT(config, rngs=nnx.Rngs(0)), table(config), tensors)
+    model = load(lambda: DiT(config, rngs=nnx.Rngs(0)), port_table(config), tensors)
     graph, _ = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
     low = nnx.merge(graph, nnx.state(model))
     layout = config.layout((3, 2, 3), 8, 12)

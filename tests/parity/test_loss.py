@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from mask2dit_jax.models.cogvideox import port_table
 from mask2dit_jax.models.dit import DiT, DiTConfig
-from mask2dit_jax.models.port_dit import table
 from mask2dit_jax.models.port_rules import export
 from mask2dit_jax.training.step import Objective, denoising_loss
 from tests.parity.cases import assert_close, cases, load, to_channels_last
@@ -23,7 +23,7 @@ GRADIENT_TOLERANCE = 1e-4  # of the largest entry
 def test_loss_and_gradients(case):
     arrays, setting = case.arrays, case.config["case"]
     config = DiTConfig.from_json(case.config["model"])
-    model = load(lambda: DiT(config, rngs=nnx.Rngs(0)), table(config), case.weights(case.config["weights"]))
+    model = load(lambda: DiT(config, rngs=nnx.Rngs(0)), port_table(config), case.weights(case.config["weights"]))
     n, frames = setting["n_scenes"], setting["latent_frames_per_scene"]
     layout = config.layout((frames,) * n, *arrays["latents"].shape[3:])
     objective = Objective(NoiseSchedule(ScheduleConfig.from_json(case.config["scheduler"])), layout, scaling_factor=1.0)
@@ -50,7 +50,7 @@ def test_loss_and_gradients(case):
     target = arrays["target"]  # of the last scene only in an extension sample
     assert_close(aux["target"][:, -target.shape[1] :], to_channels_last(target), TOLERANCE)
     assert_close(loss, arrays["loss"], TOLERANCE)
-    torch_grads = {key: read for key, _, read in export(table(config), grads)}
+    torch_grads = {key: read for key, _, read in export(port_table(config), grads)}
     for name in (a for a in arrays if a.startswith("grad.")):
         expected = arrays[name]
         actual = torch_grads[name.removeprefix("grad.")]()

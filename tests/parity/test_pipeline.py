@@ -9,7 +9,7 @@ from flax import nnx
 from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.models import port_dit, port_t5, port_vae
+from mask2dit_jax.models import cogvideox, port_vae, t5
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
 from mask2dit_jax.models.vae import VAE, VAEConfig
@@ -31,10 +31,10 @@ class Pipeline:
         dit_config, vae_config = DiTConfig.from_json(raw["transformer"]), VAEConfig.from_json(raw["vae"])
         t5_config = T5Config.from_json(raw["text_encoder"])
         self.transformer = load(
-            lambda: DiT(dit_config, rngs=nnx.Rngs(0)), port_dit.table(dit_config), weights["transformer"]
+            lambda: DiT(dit_config, rngs=nnx.Rngs(0)), cogvideox.port_table(dit_config), weights["transformer"]
         )
         self.vae = load(lambda: VAE(vae_config, rngs=nnx.Rngs(0)), port_vae.TABLE, weights["vae"])
-        self.text_encoder = load(lambda: T5Encoder(t5_config, rngs=nnx.Rngs(0)), port_t5.TABLE, weights["text_encoder"])
+        self.text_encoder = load(lambda: T5Encoder(t5_config, rngs=nnx.Rngs(0)), t5.PORT_TABLE, weights["text_encoder"])
         self.schedule = NoiseSchedule(ScheduleConfig.from_json(raw["scheduler"]))
         n, space = self.setting["n_scenes"], vae_config.spatial_compression_ratio
         size = self.setting["height"] // space, self.setting["width"] // space

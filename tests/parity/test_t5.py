@@ -9,8 +9,7 @@ from flax import nnx
 from transformers import T5Config as TorchT5Config
 from transformers import T5EncoderModel
 
-from mask2dit_jax.models.port_t5 import TABLE
-from mask2dit_jax.models.t5 import T5Config, T5Encoder
+from mask2dit_jax.models.t5 import PORT_TABLE, T5Config, T5Encoder
 from tests.parity.cases import assert_close, cases, load
 
 TOLERANCE = 5e-5
@@ -18,7 +17,7 @@ TOLERANCE = 5e-5
 
 def ported(raw_config, tensors, **dtypes) -> T5Encoder:
     config = T5Config.from_json(raw_config)
-    return load(lambda: T5Encoder(config, rngs=nnx.Rngs(0), **dtypes), TABLE, tensors)
+    return load(lambda: T5Encoder(config, rngs=nnx.Rngs(0), **dtypes), PORT_TABLE, tensors)
 
 
 def case_encoder(case, **dtypes) -> T5Encoder:

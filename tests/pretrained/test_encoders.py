@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mask2dit_jax.config import ASSETS
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.paths import ASSETS
 from mask2dit_jax.models.vae import VAE, VAEConfig
 from mask2dit_jax.parallel.mesh import local_mesh
 from mask2dit_jax.pretrained import encoders

@@ -12,6 +12,7 @@ from flax import nnx
 from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.models.cogvideox import SHARDING
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.ops import positions
 from mask2dit_jax.parallel import sharding
@@ -40,7 +41,7 @@ class RecordingSampler(WindowSampler):
     def __init__(self, mesh=None, **settings):
         graph, params = random_model(**{name: settings.pop(name) for name in ("attention", "mask") if name in settings})
         if mesh:
-            params = jax.device_put(params, sharding.parameter_shardings(params, mesh, sharding.DIT))
+            params = jax.device_put(params, sharding.parameter_shardings(params, mesh, SHARDING))
         super().__init__(
             graph,
             params,

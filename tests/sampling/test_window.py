@@ -10,6 +10,7 @@ from flax import nnx
 
 from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from mask2dit_jax.models.cogvideox import SHARDING
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.mesh import make_mesh
@@ -30,7 +31,7 @@ def sample(*sizes: int) -> np.ndarray:
     axes = ("data", "fsdp", "context", "tensor")
     mesh = make_mesh(dict(zip(axes, sizes, strict=True)), jax.devices()[: np.prod(sizes)])
     params = random_params()
-    params = jax.device_put(params, sharding.parameter_shardings(params, mesh, sharding.DIT))
+    params = jax.device_put(params, sharding.parameter_shardings(params, mesh, SHARDING))
     graph = nnx.graphdef(DiT(MODEL, rngs=nnx.Rngs(0)))
     config = SamplingConfig(SamplerConfig("ddim", 4), guidance_scale=3.0)
     sampler = WindowSampler(graph, params, NoiseSchedule(ScheduleConfig.cogvideox_5b()), config, mesh)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mask2dit_jax.config import ASSETS
+from mask2dit_jax.io.paths import ASSETS
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.vae import VAE
 from mask2dit_jax.pretrained.directory import load_module

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mask2dit_jax.config import ASSETS
+from mask2dit_jax.io.paths import ASSETS
 from mask2dit_jax.media.transforms import fit_frames
 from mask2dit_jax.media.video_reader import read_frames
 from mask2dit_jax.pretrained.encoders import VideoCodec
