@@ -126,7 +126,7 @@ def test_weights_are_read_in_the_type_that_each_is_kept_in(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "told"), [(r"attn", "matches no parameter; they are called like"), ("(", "is no regular expression")]
+    ("pattern", "told"), [(r"attn", "matches no parameter; their paths look like"), ("(", "is no regular expression")]
 )
 def test_a_pattern_that_is_wrong(pattern, told):
     with pytest.raises(UserError, match=told):
