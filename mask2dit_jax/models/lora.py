@@ -1,4 +1,4 @@
-"""LoRA: small matrices beside frozen ones, x W + alpha / rank (x A) B (Hu et al. 2021). B starts at zero: no change."""
+"""LoRA (Hu et al. 2021): small matrices A and B beside a frozen W, x W + alpha / rank (x A) B. B starts at zero."""
 
 import dataclasses
 import functools
@@ -20,25 +20,28 @@ class LoRAConfig:
 
     Attributes:
         rank: columns of A and rows of B.
-        alpha: the adapters count alpha / rank times, so that another rank needs no other learning rate.
+        alpha: adapters are scaled by alpha / rank, so that the learning rate need not change with the rank.
     """
 
     rank: int
     alpha: float
 
     def __post_init__(self):
+        """Raise UserError for values that are not positive."""
         if self.rank < 1 or self.alpha <= 0:
             raise UserError(f"lora.rank={self.rank} and lora.alpha={self.alpha} must be above 0")
 
     @property
     def scale(self) -> float:
+        """Factor of the adapters."""
         return self.alpha / self.rank
 
 
 class AdaptedLinear(nnx.Linear):
-    """A linear layer, with an adapter if `lora` is given."""
+    """A linear layer that has an adapter if `lora` is given."""
 
     def __init__(self, in_features: int, out_features: int, *, lora: LoRAConfig | None, rngs: nnx.Rngs, **kwargs):
+        """Build the layer; `kwargs` are those of `nnx.Linear`."""
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
         self.lora = lora
         if lora:
@@ -47,6 +50,7 @@ class AdaptedLinear(nnx.Linear):
             self.lora_b = nnx.Param(jnp.zeros((lora.rank, out_features), dtype))
 
     def __call__(self, x: Floats["... i"]) -> Floats["... o"]:
+        """Apply the layer and its adapter."""
         out = super().__call__(x)
         if self.lora is None:
             return out
@@ -55,15 +59,17 @@ class AdaptedLinear(nnx.Linear):
 
 
 def without_adapters(params: nnx.State) -> nnx.State:
+    """Return the parameters of the plain model."""
     return nnx.split_state(params, _is_adapter, ...)[1]
 
 
 def adapters_of(params: nnx.State) -> nnx.State:
+    """Return the adapters alone."""
     return nnx.split_state(params, _is_adapter, ...)[0]
 
 
 def merge(params: nnx.State, lora: LoRAConfig) -> nnx.State:
-    """Parameters of the plain model that computes the same: W + alpha / rank A B, in the dtype of W. Uses them up."""
+    """Merge adapters into the plain model's parameters: W + alpha / rank A B, in the dtype of W. Donates `params`."""
     flat = dict(nnx.to_flat_state(params))
     merged = []
     for path, leaf in flat.items():
