@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.models import vae as vae_module
-from mask2dit_jax.models.vae import VAE, Posterior, VAEConfig, _conv_3d, _conv_by_taps, _conv_over_channels
+from mask2dit_jax.models import causal_conv
+from mask2dit_jax.models.causal_conv import _conv_3d, _conv_by_taps, _conv_over_channels
+from mask2dit_jax.models.vae import VAE, Posterior, VAEConfig
 from mask2dit_jax.parallel.abstract import memoryless
 
 TINY = VAEConfig(block_out_channels=(4, 4, 8), latent_channels=2, layers_per_block=1, norm_num_groups=2)
@@ -186,7 +187,7 @@ def test_large_chunks_go_frame_by_frame_and_are_the_same(monkeypatch):
 
     clip = pixels(13)
     at_once = jax.jit(both)(clip)
-    monkeypatch.setattr(vae_module, "LARGE", 1)
+    monkeypatch.setattr(causal_conv, "LARGE", 1)
     by_frame = jax.jit(lambda clip: both(clip))(clip)
     for ours, wanted in zip(by_frame, at_once, strict=True):
         np.testing.assert_allclose(ours, wanted, atol=float(jnp.abs(wanted).max()) * 1e-5)
@@ -194,7 +195,7 @@ def test_large_chunks_go_frame_by_frame_and_are_the_same(monkeypatch):
 
 def test_a_large_chunk_in_bfloat16_is_nowhere_whole_in_float32(monkeypatch):
     """XLA would widen it before every loop over its frames: 1.6 GB of 5.8 for 8 frames of 480 x 720."""
-    monkeypatch.setattr(vae_module, "LARGE", 1)
+    monkeypatch.setattr(causal_conv, "LARGE", 1)
     narrow = jnp.bfloat16
     graph, params = nnx.split(memoryless(VAE, TINY, dtype=narrow, param_dtype=narrow))
 
