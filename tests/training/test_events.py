@@ -1,4 +1,4 @@
-"""What a run logs, read back: also where the disk gives out for a while."""
+"""What a run logs can be read back, even if the disk was full for a while."""
 
 import resource
 import struct
@@ -12,7 +12,7 @@ from mask2dit_jax.training.events import open_event_file
 
 
 def read_events(folder):
-    """(step, value) of all files of a run: records of a length, a checksum, an event and a checksum."""
+    """Read (step, value) from all files of a run, whose records are a length, a checksum, an event and a checksum."""
     for file in sorted(folder.glob("events*")):
         data = file.read_bytes()
         while data:
