@@ -1,7 +1,7 @@
-"""The TensorBoard file of a run, written by the thread that logs.
+"""TensorBoard's file of a run, written by the thread that logs.
 
-tensorboardX makes the events and the records. Its SummaryWriter is not used, because it writes in a thread of its own
-that a full disk ends with a traceback.
+tensorboardX makes the events and the records. Its own SummaryWriter hands them to a thread, which a full disk kills
+with a traceback wherever the run happens to be.
 """
 
 import math
@@ -23,7 +23,7 @@ FLUSH_SECONDS = 60
 
 @contextmanager
 def open_event_file(folder: epath.PathLike) -> Iterator["EventFile | None"]:
-    """Open the event file on the first process, None on all others. However a run ends, its events are written."""
+    """Of the first process; None on the others. However a run ends, what was logged is written."""
     if jax.process_index() != 0:
         yield None
         return
@@ -35,31 +35,28 @@ def open_event_file(folder: epath.PathLike) -> Iterator["EventFile | None"]:
 
 
 class EventFile:
-    """Events of a run, which reach the disk once a minute and at the end.
+    """Events reach the disk once in a while, and at the end.
 
-    An event that cannot be written is dropped with a warning. The next event starts a new file, because the old one may
-    end in the middle of a record. TensorBoard reads all files of a folder as one run.
+    What finds no room there is lost and said; the next event begins a new file, since the old one may end within a
+    record. TensorBoard reads all files of a folder as one run.
     """
 
     def __init__(self, folder: epath.PathLike):
-        """Remember the folder: local, or gs:// with google-cloud-storage installed."""
+        """folder: local, or gs:// with google-cloud-storage installed."""
         self._folder = str(folder)
         self._writer, self._num_opened, self._flushed = None, 0, -math.inf
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Add a number."""
         self._add(summary.scalar(name, value), step)
 
     def add_text(self, name: str, text: str, step: int) -> None:
-        """Add a text."""
         self._add(summary.text(name, text), step)
 
     def add_image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Add a picture, (h w c) uint8."""
+        """image: (h w c) uint8."""
         self._add(summary.image(name, image, dataformats="HWC"), step)
 
     def close(self) -> None:
-        """Write what is left."""
         if self._writer:
             self._try(self._writer.close)
             self._writer = None
@@ -82,8 +79,8 @@ class EventFile:
     def _try(self, write) -> None:
         try:
             write()
-        except Exception as error:  # of a disk or of gs://; a run must not end for its figures
-            logging.warning("TensorBoard events could not be written to %s: %s", self._folder, _short(error))
+        except Exception as error:  # of a disk or of gs://; no figure is worth the run it is about
+            logging.warning("what was to be shown could not be written to %s: %s", self._folder, _short(error))
             self._writer = None
 
 

@@ -1,4 +1,4 @@
-"""The scalars that a run writes to TensorBoard, one window of steps at a time."""
+"""What a run shows of itself while it goes: TensorBoard scalars, a window of steps at a time."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ from mask2dit_jax.training.step import NUM_BUCKETS
 
 
 class MetricsLog:
-    """Writes a window of steps at a time, one window late, so that reading a metric never waits for a running step."""
+    """Writes a window of steps at a time, one window late: reading a metric never waits for the step in flight."""
 
     def __init__(
         self,
@@ -28,15 +28,11 @@ class MetricsLog:
         max_skipped: int = 10,
         skipped_items: Mapping[str, str] | None = None,
     ):
-        """Start the first window.
-
-        Args:
-            events: file of the process that writes; None on the others.
-            every: steps of a window.
-            rate: returns the learning rate of a step.
-            samples_per_step: global batch size.
-            max_skipped: number of updates skipped in a row at which `add` raises UserError.
-            skipped_items: name of each data item that is skipped, and why; may grow while training.
+        """Args:
+        events: of the process that writes; None on the others.
+        rate: the learning rate of a step.
+        max_skipped: so many updates in a row may be skipped before `add` raises a UserError.
+        skipped_items: name of each item of the data that is left out, and why; may grow while training.
         """
         self._events, self._every, self._rate = events, every, rate
         self._samples, self._max_skipped = samples_per_step, max_skipped
@@ -47,21 +43,17 @@ class MetricsLog:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Measure the time inside as time spent waiting for data."""
+        """Around what waits for data."""
         begun = time.monotonic()
         yield
         self._waited += time.monotonic() - begun
 
     def add(self, step: int, metrics: Mapping[str, Any], flops: float = 0.0) -> dict[str, str]:
-        """Add the metrics of a step, and write a window when it is complete.
+        """Returns what a progress bar shows: the newest means that are written.
 
         Args:
-            step: number of the step.
-            metrics: what `train_step` returned.
-            flops: FLOPs that the step needed, over all chips.
-
-        Returns:
-            What a progress bar shows: the means written last.
+            metrics: of `train_step`, as it gives them.
+            flops: what the step had to compute, on all chips together.
 
         Raises:
             UserError: too many updates in a row were skipped; up to a window late.
@@ -75,13 +67,13 @@ class MetricsLog:
         return self._shown
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write scalars that do not come from a training step."""
+        """Scalars of another origin."""
         if self._events:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
 
     def flush(self):
-        """Write what is left; the last window may be shorter."""
+        """Writes what is left; the last window may be a short one."""
         self._write()
         if self._pending:
             self._close_window()
@@ -126,7 +118,7 @@ class MetricsLog:
 
 
 def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Average over the steps of a window, without those whose update was skipped."""
+    """Of the steps of a window; a step whose update was skipped counts for no mean."""
     total = {name: np.sum([metrics[name] for metrics in window], axis=0) for name in window[0]}
     updated = [metrics for metrics in window if metrics["is_updated"]]
     scalars = {
@@ -146,7 +138,7 @@ def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _utilisation(flops_per_second: float) -> dict[str, float]:
-    """Return TFLOP/s of one chip, and the share of its peak if the chip is known."""
+    """Of one chip."""
     if not flops_per_second:
         return {}
     scalars = {"tflops_per_second_a_chip": flops_per_second / 1e12}
@@ -155,7 +147,7 @@ def _utilisation(flops_per_second: float) -> dict[str, float]:
 
 
 def _memory() -> dict[str, float]:
-    """Return the memory used on the fullest local device; a CPU reports none."""
+    """Of the fullest device here; a CPU has no such figures."""
     stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
     return {

@@ -11,25 +11,17 @@ from etils import epath
 class StepTrace:
     """Traces steps `first` to `last`, both included, into `folder`; none if `steps` is empty.
 
-    A run that resumes between the two steps traces the remaining ones. A run that ends or is stopped between them
-    traces up to its end.
+    A run that resumes between the two traces the rest; one that ends there, or is stopped, traces up to its end.
     """
 
     def __init__(self, steps: Sequence[int], folder: epath.PathLike, num_steps: int):
-        """Choose the steps.
-
-        Args:
-            steps: (first, last), or ().
-            folder: local or gs://.
-            num_steps: last step of the run.
-        """
         first, last = steps or (1, 0)
         self._steps, self._folder = range(first, min(last, num_steps) + 1), epath.Path(folder)
         self._is_on = False
 
     @contextlib.contextmanager
     def __call__(self, step: int) -> Iterator[None]:
-        """Wrap the dispatch of a step. Waits for the last traced step, so that the trace does not end before it."""
+        """Around what a step dispatches. The last step traced is waited for, or the trace would end before it."""
         if step in self._steps and not self._is_on:
             jax.profiler.start_trace(str(self._folder))
             self._is_on = True
@@ -39,7 +31,7 @@ class StepTrace:
             self.close()
 
     def close(self) -> None:
-        """Write the trace under way, if there is one. If it cannot be written, log a warning and let the run go on."""
+        """Writes what was traced so far, if a trace is under way. If it cannot be written, the run goes on."""
         if not self._is_on:
             return
         self._is_on = False

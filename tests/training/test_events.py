@@ -1,4 +1,4 @@
-"""What a run logs can be read back, even if the disk was full for a while."""
+"""What a run logs, read back: also where the disk gives out for a while."""
 
 import resource
 import struct
@@ -12,7 +12,7 @@ from mask2dit_jax.training.events import open_event_file
 
 
 def read_events(folder):
-    """Read (step, value) from all files of a run, whose records are a length, a checksum, an event and a checksum."""
+    """(step, value) of all files of a run: records of a length, a checksum, an event and a checksum."""
     for file in sorted(folder.glob("events*")):
         data = file.read_bytes()
         while data:
@@ -48,4 +48,4 @@ def test_a_full_disk_costs_what_was_logged_meanwhile(tmp_path, monkeypatch, capl
         events.add_scalar("loss", 3.0, 3)
     assert [step for step, _ in read_events(tmp_path)] == [1, 3]
     (line,) = caplog.messages
-    assert line == f"TensorBoard events could not be written to {tmp_path}: File too large"
+    assert line == f"what was to be shown could not be written to {tmp_path}: File too large"

@@ -1,4 +1,4 @@
-"""What is logged, and that logging never waits for a running step."""
+"""What is logged, and that logging never waits for the step in flight."""
 
 import itertools
 import types
@@ -15,7 +15,7 @@ from mask2dit_jax.training.metrics import MetricsLog
 
 
 class Kept(EventFile):
-    """Keeps what an event file would write."""
+    """Keeps what would be written."""
 
     def __init__(self):
         self.scalars, self.texts = {}, {}
@@ -40,7 +40,7 @@ def log_of(events, every=2, **more):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves only when the test says so."""
+    """Seconds that pass only when the test says so."""
     now = types.SimpleNamespace(time=0.0)
     monkeypatch.setattr(metrics_module.time, "monotonic", lambda: now.time)
     return now
@@ -55,7 +55,7 @@ def test_means_and_sums():
     log.add(2, step_metrics(3.0, loss_fixed_sum=2.0, num_fixed=1, loss_bucket_sum=bucket[2], num_bucket=bucket[2]))
     log.add(3, step_metrics(5.0))
     log.flush()
-    assert events.scalars["loss"] == {2: 2.0, 3: 5.0}  # the last window is shorter
+    assert events.scalars["loss"] == {2: 2.0, 3: 5.0}  # the last window is a short one
     assert (events.scalars["grad_norm"][2], events.scalars["param_norm"][2]) == (2.0, 3.0)
     assert events.scalars["learning_rate"][2] == 0.2
     assert events.scalars["loss_fixed"] == {2: 2.0}
@@ -64,7 +64,7 @@ def test_means_and_sums():
 
 
 def test_speed(clock, monkeypatch):
-    """A step takes two seconds, half a second of which is spent waiting for data."""
+    """Two seconds a step, half a second of them spent on waiting for data."""
     monkeypatch.setattr(metrics_module, "chip_of", lambda device: CHIPS["v5e"])
     events = Kept()
     log = log_of(events, samples_per_step=8)
@@ -83,7 +83,7 @@ def test_speed(clock, monkeypatch):
 
 
 def test_a_step_is_read_only_when_the_next_is_under_way(monkeypatch):
-    """With every step logged, the metrics fetched when step n is added are older than n, and fetched together."""
+    """With every step logged: what is fetched when step n is handed in is older than n, and fetched at one go."""
     fetched = []
     monkeypatch.setattr(jax, "device_get", lambda window: fetched.append([m["loss"] for m in window]) or window)
     log = log_of(Kept(), every=1)
@@ -98,7 +98,7 @@ def test_a_step_is_read_only_when_the_next_is_under_way(monkeypatch):
 
 
 def test_nothing_of_a_step_is_touched_before(monkeypatch):
-    """No comparison, format or sum touches them either, because each would wait for the device."""
+    """Not by a comparison, a format or a sum either: any of them would wait for the device."""
 
     class InFlight:
         def __getattr__(self, name):

@@ -1,4 +1,4 @@
-"""Traces of a few steps. tests/mains/test_features.py checks that a whole run writes one."""
+"""The trace of a few steps; that a whole run writes one is in tests/mains/test_features.py."""
 
 import jax.numpy as jnp
 from jax._src import profiler
