@@ -41,7 +41,9 @@ class Architecture:
         """Return the module's graph and its parameters as shapes, dtypes and shardings.
 
         Args:
+            config: of this class's `config` type.
             dtype: of the computation.
+            mesh: where the parameters will lie.
             param_dtype: of the parameters; None means that of the computation, as frozen models are kept.
         """
         return abstract_module(self.module, config, dtype, mesh, self.sharding_table, param_dtype)

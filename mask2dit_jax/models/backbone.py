@@ -32,7 +32,6 @@ class TransformerConfig(Protocol):
         attention: implementation of `ops.attention.api.attend`.
         remat: what the backward pass computes again, "none" for nothing.
         lora: adapters to train; None trains none.
-        activation_width: channels per token that a block holds at once, for estimates of memory.
     """
 
     latent_channels: int
@@ -47,7 +46,9 @@ class TransformerConfig(Protocol):
     lora: LoRAConfig | None
 
     @property
-    def activation_width(self) -> int: ...
+    def activation_width(self) -> int:
+        """Channels per token that a block holds at once, for estimates of memory."""
+        ...
 
     def layout(self, frames: tuple[int, ...], height: int, width: int) -> SceneLayout:
         """Return the layout of scenes of `frames` latent frames each, at latent height x width.
@@ -79,6 +80,7 @@ class Transformer(Protocol):
             latents: noisy, scaled latents of the scenes, joined along f.
             text: embeddings of each scene's prompt.
             timesteps: timestep of each scene; 0 for scenes that condition the others.
+            layout: of the scenes; static under jit.
         """
         ...
 
@@ -103,6 +105,7 @@ class Backbone(Architecture):
     supports_lora: bool = False
 
     def __post_init__(self):
+        """Raise ValueError for a prediction that loss and samplers do not take."""
         if self.prediction_type != PREDICTION_TYPE:
             raise ValueError(
                 f"{self.class_names[0]} predicts {self.prediction_type!r}, but loss and samplers take "
@@ -115,6 +118,8 @@ class Backbone(Architecture):
         What rematerialisation computes again is not counted, because the model does not need it.
 
         Args:
+            config: of the model.
+            layout: of the sample.
             trained_share: share of the weights, by size, whose gradients the step needs.
         """
         passes = TRAINING_PASSES - 1 + trained_share

@@ -1,8 +1,8 @@
 """The CogVideoX diffusion transformer for multi-scene video (reference: MultiPromptCogVideoXTransformer3DModel).
 
-Text and video tokens of all scenes go through every block as one sequence `[T_1 .. T_n ; V_1 .. V_n]`. What sets
-them apart is the modulation: a shift, scale and gate for every segment (scene x {text, video}), made from the timestep
-of that scene. So a conditional scene is nothing special; it is a scene with t = 0.
+Text and video tokens of all scenes go through every block as one sequence `[T_1 .. T_n ; V_1 .. V_n]`. Modulation tells
+them apart: every segment (scene x {text, video}) has a shift, scale and gate that are made from the timestep of its
+scene. So a conditional scene needs no code of its own; it is a scene with t = 0.
 """
 
 import dataclasses
@@ -42,16 +42,35 @@ REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of the model (the names in config.json are in `from_json`) and how it is run.
+    """Sizes of the model, and how it is run. `_JSON_NAMES` maps the sizes to the names in config.json.
 
     Attributes:
-        sample_height, sample_width, sample_frames: latent rows and columns, and pixel frames of one scene, that the
-            base model was trained with: they fix the base grid of the positions.
+        num_heads: attention heads.
+        head_dim: channels of a head.
+        num_layers: blocks.
+        latent_channels: channels of the VAE's latents.
+        patch_size: latent rows and columns of one video token.
+        time_embed_dim: width of the timestep embedding.
+        text_embed_dim: width of the text encoder's embeddings.
+        text_tokens: text tokens of each scene, padding included.
+        rope: rotary positions (5B); otherwise a table of sines and cosines (2B).
+        sample_height: latent rows that the base model was trained with; with the next two it fixes the base grid of the
+            positions.
+        sample_width: latent columns that the base model was trained with.
+        sample_frames: pixel frames of one scene that the base model was trained with.
+        temporal_compression: pixel frames that become one latent frame.
+        spatial_interpolation_scale: divides rows and columns in the position table (2B).
+        temporal_interpolation_scale: divides frames in the position table (2B).
+        flip_sin_to_cos: whether cosines come first in the timestep's sinusoid.
+        freq_shift: of the frequencies of that sinusoid.
+        norm_eps: epsilon of the layer norms, except those of queries and keys.
+        attention_bias: whether the projections to queries, keys and values have a bias.
         mask: attention mask variant, v1..v5.
-        attention: implementation of `ops.attention.attend`.
-        remat: what the backward pass computes again of a block: "none" nothing, "full" everything, "attention" all but
-            attention (which saves a seventh of the 5B's roofline step), "dots" all but matrix products and attention.
-        lora: adapters to train in place of the weights; not a part of what diffusers knows.
+        attention: implementation of `ops.attention.api.attend`.
+        remat: what the backward pass computes again in a block: "none" nothing, "full" everything, "attention"
+            everything but attention (which saves a seventh of the 5B's roofline step), "dots" everything but matrix
+            products and attention.
+        lora: adapters to train instead of the weights; diffusers' config.json has no such field.
     """
 
     num_heads: int
@@ -79,24 +98,29 @@ class DiTConfig:
     lora: LoRAConfig | None = None
 
     def __post_init__(self):
+        """Raise UserError for widths that the axes of the positions cannot share."""
         split, dim = ("head_dim", self.head_dim) if self.rope else ("num_heads * head_dim", self.width)
         if dim % 16:  # a quarter for time and three eighths for each spatial axis, all in pairs
             raise UserError(f"{split}={dim} cannot be split over the axes of the positions; give a multiple of 16")
 
     @classmethod
     def cogvideox_2b(cls, **overrides) -> "DiTConfig":
+        """Return the sizes of CogVideoX-2B, with fields replaced by `overrides`."""
         return cls(num_heads=30, head_dim=64, num_layers=30, rope=False, **overrides)
 
     @classmethod
     def cogvideox_5b(cls, **overrides) -> "DiTConfig":
+        """Return the sizes of CogVideoX-5B and of the released Mask2DiT, with fields replaced by `overrides`."""
         return cls(num_heads=48, head_dim=64, num_layers=42, rope=True, **overrides)
 
     @property
     def width(self) -> int:
+        """Channels of a token."""
         return self.num_heads * self.head_dim
 
     @property
     def base_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of the base model."""
         return self.sample_height // self.patch_size, self.sample_width // self.patch_size
 
     @property
@@ -110,7 +134,11 @@ class DiTConfig:
         return (2 + 4) * self.width
 
     def layout(self, frames: tuple[int, ...], height: int, width: int) -> SceneLayout:
-        """The layout of scenes of so many latent frames at latent height x width."""
+        """Return the layout of scenes of `frames` latent frames each, at latent height x width.
+
+        Raises:
+            UserError: patches do not divide height and width.
+        """
         if height % self.patch_size or width % self.patch_size:
             raise UserError(f"latents of {height} x {width} cannot be cut into patches of {self.patch_size}")
         return SceneLayout(tuple(frames), (height // self.patch_size, width // self.patch_size), self.text_tokens)
@@ -122,7 +150,11 @@ class DiTConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "DiTConfig":
-        """Reads the `transformer/config.json` of a diffusers directory."""
+        """Read the `transformer/config.json` of a diffusers directory.
+
+        Raises:
+            UserError: a size is missing, or a setting is not supported.
+        """
         for key, wanted in _SUPPORTED.items():
             if raw.get(key, wanted) != wanted:
                 raise UserError(f"transformer config.json: {key}={raw[key]!r} is not supported, only {wanted!r} is")
@@ -139,7 +171,7 @@ class DiTConfig:
         return cls(mask=f"v{raw.get('attn_msk_version', 2)}", **fields)
 
     def to_json(self) -> dict[str, Any]:
-        """The `transformer/config.json` that diffusers (and the authors' code) read back."""
+        """Return the `transformer/config.json` that diffusers and the authors' code read."""
         return {
             "_class_name": CLASS_NAMES[0],
             **{key: getattr(self, name) for name, key in _JSON_NAMES.items()},
@@ -183,43 +215,47 @@ _SUPPORTED = {
 
 
 class Modulation(nnx.Module):
-    """adaLN: from the time embedding of each scene, `parts` vectors for each of `kinds` token kinds.
+    """adaLN: makes `parts` vectors for each of `kinds` token kinds from the time embedding of each scene.
 
-    Starts at zero when trained from scratch, so that every block starts as the identity.
+    Its kernel starts at zero when trained from scratch, so that every block starts as the identity.
     """
 
     def __init__(self, config: DiTConfig, kinds: int, parts: int, **kwargs):
+        """Build the layer; `kwargs` are those of every layer below: rngs, dtype and param_dtype."""
         self.kinds, self.parts = kinds, parts
         zeros = nnx.initializers.zeros_init()
         self.linear = nnx.Linear(config.time_embed_dim, kinds * parts * config.width, kernel_init=zeros, **kwargs)
 
     def __call__(self, time: Floats["b s e"]) -> Floats["b kinds s parts d"]:
+        """Make the vectors of every scene and kind."""
         flat = constrain(self.linear(jax.nn.silu(time)), SAMPLES)
         return rearrange(flat, "b s (kinds parts d) -> b kinds s parts d", kinds=self.kinds, parts=self.parts)
 
 
 def _layer_norm(width: int, epsilon: float, **kwargs) -> nnx.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, loses the digits that parity needs.
+    # The fast variance, E[x^2] - E[x]^2, loses digits that parity with the reference needs.
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **kwargs)
 
 
 def _per_token(one_hot: Float[np.ndarray, "l g"], per_group: Floats["b g p d"]) -> list[Floats["b l d"]]:
-    """The vectors of each token's group, one array for each of the p parts.
+    """Return the vectors of each token's group, one array for each of the p parts.
 
-    A product with a one-hot matrix, not a gather: its gradient is a product too, where a gather's is a scatter.
+    It is a product with a one-hot matrix instead of a gather, so that its gradient is a product instead of a scatter.
     """
     one_hot = jnp.broadcast_to(one_hot.astype(per_group.dtype), (len(per_group), *one_hot.shape))
     return [jnp.einsum("blg,bgd->bld", one_hot, part, precision="highest") for part in jnp.unstack(per_group, axis=2)]
 
 
 class AdaLayerNormZero(nnx.Module):
-    """LayerNorm, shifted and scaled a segment; also gives the gate of what follows (CogVideoXLayerNormZero)."""
+    """LayerNorm with a shift, scale and gate for each segment (reference: CogVideoXLayerNormZero)."""
 
     def __init__(self, config: DiTConfig, **kwargs):
+        """Build the layer."""
         self.modulation = Modulation(config, kinds=2, parts=3, **kwargs)
         self.norm = _layer_norm(config.width, config.norm_eps, **kwargs)
 
     def __call__(self, x: Floats["b l d"], time: Floats["b s e"], segments: Float[np.ndarray, "l g"]):
+        """Return (normalised tokens, gate), both (b l d); `segments` is the one-hot matrix of the tokens' segments."""
         video, text = jnp.unstack(self.modulation(time), axis=1)  # the reference's order of kinds
         per_segment = jnp.concatenate([text, video], axis=1)  # segments in token order: all texts, all videos
         shift, scale, gate = _per_token(segments, per_segment)
@@ -227,9 +263,10 @@ class AdaLayerNormZero(nnx.Module):
 
 
 class JointAttention(nnx.Module):
-    """Joint self-attention with a LayerNorm on every head's queries and keys."""
+    """Joint self-attention of text and video tokens, with a LayerNorm on every head's queries and keys."""
 
     def __init__(self, config: DiTConfig, **kwargs):
+        """Build the projections and norms."""
         self.config = config
         width = config.width
         self.query, self.key, self.value = (
@@ -240,6 +277,7 @@ class JointAttention(nnx.Module):
         self.norm_k = _layer_norm(config.head_dim, QK_NORM_EPS, **kwargs)
 
     def __call__(self, x: Floats["b l d"], rope, layout: SceneLayout) -> Floats["b l d"]:
+        """Attend under the config's mask; `rope` is the table of rotations, None without any."""
         heads = (rearrange(f(x), "b l (k m) -> b l k m", m=self.config.head_dim) for f in self._projections())
         q, k, v = heads
         q, k = self.norm_q(q), self.norm_k(k)
@@ -254,22 +292,30 @@ class JointAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
+    """Two linear layers with GELU between them, four times as wide inside."""
+
     def __init__(self, config: DiTConfig, **kwargs):
+        """Build the layers."""
         self.up = AdaptedLinear(config.width, 4 * config.width, lora=config.lora, **kwargs)
         self.down = AdaptedLinear(4 * config.width, config.width, lora=config.lora, **kwargs)
 
     def __call__(self, x: Floats["b l d"]) -> Floats["b l d"]:
+        """Apply the layers to every token."""
         return self.down(constrain(jax.nn.gelu(self.up(x), approximate=True), HIDDEN))
 
 
 class DiTBlock(nnx.Module):
+    """Attention, then feed-forward, each behind its adaLN and gated into the residual stream."""
+
     def __init__(self, config: DiTConfig, **kwargs):
+        """Build the layers."""
         self.norm1 = AdaLayerNormZero(config, **kwargs)
         self.attn = JointAttention(config, **kwargs)
         self.norm2 = AdaLayerNormZero(config, **kwargs)
         self.mlp = FeedForward(config, **kwargs)
 
     def __call__(self, x: Floats["b l d"], time: Floats["b s e"], rope, segments, layout: SceneLayout):
+        """Run the block on the tokens of all scenes."""
         h, gate = self.norm1(x, time, segments)
         x = x + gate * self.attn(h, rope, layout)
         h, gate = self.norm2(x, time, segments)
@@ -277,14 +323,16 @@ class DiTBlock(nnx.Module):
 
 
 class TimeEmbedding(nnx.Module):
-    """Sinusoid of the timestep, then two layers (reference: Timesteps and TimestepEmbedding)."""
+    """Sinusoid of the timestep, then two linear layers (reference: Timesteps and TimestepEmbedding)."""
 
     def __init__(self, config: DiTConfig, **kwargs):
+        """Build the layers."""
         self.config = config
         self.linear_1 = nnx.Linear(config.width, config.time_embed_dim, **kwargs)
         self.linear_2 = nnx.Linear(config.time_embed_dim, config.time_embed_dim, **kwargs)
 
     def __call__(self, timesteps: Ints["b s"]) -> Floats["b s e"]:
+        """Embed the timestep of every scene."""
         half = self.config.width // 2
         frequencies = np.exp(-math.log(10_000) * np.arange(half) / (half - self.config.freq_shift))
         angles = timesteps[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
@@ -295,17 +343,21 @@ class TimeEmbedding(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """v-prediction of every scene of a multi-scene video.
+    """Predicts v for every scene of a multi-scene video.
 
     The parameters of all blocks are stacked along a leading layer axis and run by one scan, so that compile time does
     not grow with depth.
-
-    Args:
-        dtype: of the computation. Norm statistics, softmax and rotations are in fp32 whatever it is.
-        param_dtype: of the parameters.
     """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        """Build the model.
+
+        Args:
+            config: sizes and run settings.
+            rngs: of the initial parameters.
+            dtype: of the computation. Norm statistics, softmax and rotations are in fp32 in any case.
+            param_dtype: of the parameters.
+        """
         if config.remat not in REMAT_POLICIES:
             raise UserError(f"remat {config.remat!r} does not exist; choose one of {', '.join(REMAT_POLICIES)}")
         kwargs = {"dtype": dtype, "param_dtype": param_dtype}
@@ -330,13 +382,14 @@ class DiT(nnx.Module):
         layout: SceneLayout,
         intermediates: bool = False,
     ):
-        """Predicts v for all frames.
+        """Predict v for all frames.
 
         Args:
-            latents: the scenes' noisy latents, one after the other along f; already times the VAE's scaling factor.
-            text: T5 embeddings of each scene's prompt, padding included (it is attended, as in the reference).
-            timesteps: of each scene, 0..999.
-            intermediates: also return {"time", "embedded", "blocks"}: what a parity test bisects with.
+            latents: noisy latents of the scenes, joined along f and already multiplied by the VAE's scaling factor.
+            text: T5 embeddings of each scene's prompt. Padding is attended to, as in the reference.
+            timesteps: timestep of each scene, 0..999.
+            layout: of the scenes.
+            intermediates: also return {"time", "embedded", "blocks"}, with which a parity test bisects a difference.
 
         Returns:
             v, (b f h w c), and the intermediates if asked for.
@@ -361,7 +414,7 @@ class DiT(nnx.Module):
         p = self.config.patch_size
         num_text = layout.num_text_tokens
         patches = rearrange(latents, "b f (h p) (w q) c -> b (f h w) (p q c)", p=p, q=p)
-        # Placed among all tokens before they become wide: joined after, neither part would divide over the mesh.
+        # Padded to all tokens before the projection, because neither part alone divides over the mesh.
         video = constrain(self.patch_embed(constrain(_after_text(patches, num_text), TOKENS)), TOKENS)
         if not self.config.rope:
             table = positions.sincos_table(
@@ -373,7 +426,7 @@ class DiT(nnx.Module):
             )
             video += _after_text(table, num_text).astype(video.dtype)
         token = jnp.arange(layout.num_tokens)[:, None]
-        # One-hot again: the gradient of a gather would bring the tokens of all chips to each of them.
+        # One-hot again, because the gradient of a gather would bring the tokens of all chips to each chip.
         place = (token == jnp.arange(num_text)).astype(video.dtype)
         text = constrain(rearrange(self.text_embed(text), "b s t d -> b (s t) d"), SAMPLES)
         text = jnp.einsum("lt,btd->bld", place, text, precision="highest")
@@ -392,7 +445,7 @@ class DiT(nnx.Module):
             return x, x if keep_all else None
 
         if self.config.remat != "none":
-            # The scan itself already prevents the merging of computations that prevent_cse guards against.
+            # The scan already prevents the merging of computations that prevent_cse guards against.
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         return jax.lax.scan(body, x, params)
 
@@ -407,15 +460,15 @@ class DiT(nnx.Module):
 
 
 def _stack(make, num_layers: int, rngs: nnx.Rngs):
-    """num_layers modules as one, each parameter with a leading layer axis."""
+    """Build num_layers modules as one whose parameters have a leading layer axis."""
     return nnx.split_rngs(splits=num_layers)(nnx.vmap(make))(rngs)
 
 
 def _one_hot(groups: NpInts[" l"], count: int) -> Float[np.ndarray, "l g"]:
-    """Row l has its 1 at the group of token l."""
+    """Return the matrix whose row l has its 1 at the group of token l."""
     return np.eye(count, dtype=np.float32)[groups]
 
 
 def _after_text(x: Floats["... v c"], num_text_tokens: int) -> Floats["... l c"]:
-    """Video tokens at their places among all tokens; zeros where the texts are."""
+    """Place video tokens among all tokens, with zeros for the text tokens."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(num_text_tokens, 0), (0, 0)])

@@ -1,4 +1,4 @@
-"""LoRA: small matrices beside frozen ones, x W + alpha / rank (x A) B (Hu et al. 2021). B starts at zero: no change."""
+"""LoRA (Hu et al. 2021): small matrices A and B beside a frozen W, x W + alpha / rank (x A) B. B starts at zero."""
 
 import functools
 
@@ -14,9 +14,10 @@ PATTERN = r".*\.lora_[ab]"  # the paths of all adapters
 
 
 class AdaptedLinear(nnx.Linear):
-    """A linear layer, with an adapter if `lora` is given."""
+    """A linear layer that has an adapter if `lora` is given."""
 
     def __init__(self, in_features: int, out_features: int, *, lora: LoRAConfig | None, rngs: nnx.Rngs, **kwargs):
+        """Build the layer; `kwargs` are those of `nnx.Linear`."""
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
         self.lora = lora
         if lora:
@@ -25,6 +26,7 @@ class AdaptedLinear(nnx.Linear):
             self.lora_b = nnx.Param(jnp.zeros((lora.rank, out_features), dtype))
 
     def __call__(self, x: Floats["... i"]) -> Floats["... o"]:
+        """Apply the layer and its adapter."""
         out = super().__call__(x)
         if self.lora is None:
             return out
@@ -33,15 +35,17 @@ class AdaptedLinear(nnx.Linear):
 
 
 def without_adapters(params: nnx.State) -> nnx.State:
+    """Return the parameters of the plain model."""
     return nnx.split_state(params, _is_adapter, ...)[1]
 
 
 def adapters_of(params: nnx.State) -> nnx.State:
+    """Return the adapters alone."""
     return nnx.split_state(params, _is_adapter, ...)[0]
 
 
 def merge(params: nnx.State, lora: LoRAConfig) -> nnx.State:
-    """Parameters of the plain model that computes the same: W + alpha / rank A B, in the dtype of W. Uses them up."""
+    """Merge adapters into the plain model's parameters: W + alpha / rank A B, in the dtype of W. Donates `params`."""
     flat = dict(nnx.to_flat_state(params))
     merged = []
     for path, leaf in flat.items():

@@ -1,13 +1,13 @@
-"""Port tables: which tensor of a torch checkpoint is which NNX parameter, both ways, strictly.
+"""Port tables: they say which tensor of a torch checkpoint is which NNX parameter, and work both ways.
 
-A table is a tuple of `Rule`s. A rule's `key` and `path` are templates that hold the same `{placeholders}`, each an
-integer; `{layer}` is special: it stands in the key only, and indexes the leading axis of a stacked NNX parameter.
+A table is a tuple of `Rule`s. A rule's `key` and `path` are templates with the same `{placeholders}`, each of which is
+an integer. `{layer}` is special: it occurs in the key only and indexes the leading axis of a stacked NNX parameter.
 
     Rule("blocks.{layer}.attn.to_q.weight", "blocks.attn.query.kernel", LINEAR)
     Rule("encoder.down.{i}.conv.weight", "encoder.down.{i}.conv.kernel", CONV3D)
 
-Strict: a checkpoint key without a rule, a parameter that no key fills and a shape that differs are errors that name
-the tensor. The NNX side is an abstract state (`jax.eval_shape`), so a table is checked without any memory.
+Porting is strict: a checkpoint key without a rule, a parameter that no key fills and a shape that differs are errors
+that name the tensor. The NNX side is an abstract state (`jax.eval_shape`), so checking a table takes no memory.
 """
 
 import dataclasses
@@ -39,17 +39,28 @@ CONV3D = Transform(lambda x: x.transpose(2, 3, 4, 1, 0), lambda x: x.transpose(4
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
+    """One row of a port table.
+
+    Attributes:
+        key: template of the tensor's name in a torch checkpoint.
+        path: template of the NNX parameter's path.
+        transform: how the tensor changes layout.
+        aliases: other names of the same tensor; a checkpoint needs only one of all names.
+    """
+
     key: str
     path: str
     transform: Transform = KEEP
-    aliases: tuple[str, ...] = ()  # other names of the same tensor; any one of them is enough
+    aliases: tuple[str, ...] = ()
 
     @functools.cached_property
     def key_pattern(self) -> re.Pattern:
+        """Pattern of the checkpoint keys that this rule is for."""
         return _pattern(self.key, *self.aliases)
 
     @functools.cached_property
     def path_pattern(self) -> re.Pattern:
+        """Pattern of the parameter paths that this rule fills."""
         return _pattern(self.path)
 
 
@@ -62,7 +73,7 @@ def _pattern(*templates: str) -> re.Pattern:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one checkpoint tensor goes: `state[path]`, or `state[path][layer]` where the parameter is stacked."""
+    """Where one checkpoint tensor goes: to `state[path]`, or to `state[path][layer]` if the parameter is stacked."""
 
     path: str
     layer: int | None
@@ -70,22 +81,26 @@ class Slot:
 
 
 def flatten(state) -> dict[str, Any]:
-    """NNX state -> {"blocks.attn.query.kernel": leaf}. Works on concrete and on abstract states."""
+    """Return the leaves of an NNX state, concrete or abstract, by path: {"blocks.attn.query.kernel": leaf}."""
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
 def unflatten(leaves: Mapping[str, Any], like):
-    """Inverse of `flatten`; `like` gives the structure."""
+    """Return the state of such leaves, with the structure of `like`; the inverse of `flatten`."""
     return nnx.from_flat_state([(path, leaves[".".join(map(str, path))]) for path, _ in nnx.to_flat_state(like)])
 
 
 def plan(table: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]], abstract_state, what: str = "checkpoint"):
-    """Matches every checkpoint key with a slot: {key: Slot}. Raises UserError for anything that does not fit.
+    """Find the slot of every checkpoint key: {key: Slot}.
 
     Args:
+        table: rules of the model.
         shapes: torch shape of every tensor in the checkpoint.
         abstract_state: NNX state whose leaves have `.shape`.
         what: name of the checkpoint in messages.
+
+    Raises:
+        UserError: a key is unknown, a shape differs, or a parameter is filled twice or not at all.
     """
     table = tuple(table)
     targets = {path: tuple(leaf.shape) for path, leaf in flatten(abstract_state).items()}
@@ -139,13 +154,13 @@ def _rule_of_path(table, path) -> Rule:
 
 
 def torch_key(table: Iterable[Rule], path: str, layer: int | None) -> str:
-    """The checkpoint key of one NNX parameter (of one of its layers)."""
+    """Return the checkpoint key of an NNX parameter, or of one layer of it."""
     rule = _rule_of_path(table, path)
     return rule.key.format(layer=layer, **rule.path_pattern.fullmatch(path).groupdict())
 
 
 def export(table: Iterable[Rule], state) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """Yields (key, torch shape, read) for every tensor; `read()` makes the torch-layout array, one at a time."""
+    """Yield (key, torch shape, read) for every tensor; `read()` makes its array in torch's layout."""
     table = tuple(table)
     for path, leaf in flatten(state).items():
         rule = _rule_of_path(table, path)

@@ -1,4 +1,4 @@
-"""Port table of the VAE: diffusers' AutoencoderKLCogVideoX <-> `mask2dit_jax.models.vae.VAE`."""
+"""Port table of the VAE, between diffusers' AutoencoderKLCogVideoX and `models.vae.VAE`."""
 
 from mask2dit_jax.models.port_rules import CONV2D, CONV3D, KEEP, Rule, Transform
 

@@ -57,7 +57,10 @@ def read_codec_config(raw: Mapping[str, Any]) -> CodecConfig:
 
 
 def _of(config, architectures: Mapping[str, A]) -> A:
-    return next(architecture for architecture in architectures.values() if architecture.config is type(config))
+    for architecture in architectures.values():
+        if type(config) is architecture.config:
+            return architecture
+    raise TypeError(f"{type(config).__name__} is not the config of one of {', '.join(architectures)}")
 
 
 def _named(raw: Mapping[str, Any], architectures: Mapping[str, A], folder: str) -> A:

@@ -1,7 +1,7 @@
 """T5 v1.1 encoder (gated GELU, RMS norms, relative position bias), the text encoder of CogVideoX.
 
 Reference: transformers `T5EncoderModel`, called as CogVideoX calls it: WITHOUT an attention mask. Prompts are padded to
-a fixed length, and the padding attends and is attended like any other token; released weights were trained on that.
+a fixed length, and padding attends and is attended to like any other token, as when the released weights were trained.
 Axes: b batch, t u text token, x width, k head, m head dimension.
 """
 
@@ -27,7 +27,19 @@ ACTIVATION = "gated-gelu"  # the tanh approximation of GELU, whatever the name s
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of the encoder; `x` width, `k` heads of `m` each (`k * m` need not be `x`)."""
+    """Sizes of the encoder.
+
+    Attributes:
+        vocab_size: number of token ids.
+        width: channels of a token, x.
+        hidden_width: hidden units of the feed-forward layers.
+        num_layers: blocks.
+        num_heads: attention heads, k.
+        head_dim: channels of a head, m; `num_heads * head_dim` need not be `width`.
+        num_buckets: buckets of the relative positions.
+        max_distance: distance from which all positions share a bucket.
+        norm_epsilon: epsilon of the RMS norms.
+    """
 
     vocab_size: int
     width: int
@@ -41,17 +53,17 @@ class T5Config:
 
     @classmethod
     def xxl(cls) -> "T5Config":
-        """The encoder of every CogVideoX: T5 v1.1 XXL, 4.76 B parameters."""
+        """Return the encoder of every CogVideoX: T5 v1.1 XXL, 4.76 B parameters."""
         return cls(vocab_size=32128, width=4096, hidden_width=10240, num_layers=24, num_heads=64, head_dim=64)
 
     @classmethod
     def tiny(cls) -> "T5Config":
-        """The encoder that ships in `assets/tiny`; random, see experiments/recipes/tiny_text.py."""
+        """Return the encoder of `assets/tiny`, whose weights are random (experiments/recipes/tiny_text.py)."""
         return cls(vocab_size=640, width=64, hidden_width=128, num_layers=2, num_heads=4, head_dim=16)
 
     @classmethod
     def from_json(cls, raw: Mapping) -> "T5Config":
-        """Reads the transformers `config.json`. Raises UserError for another kind of T5 and for missing sizes."""
+        """Read the `config.json` of transformers. Raises UserError for another kind of T5 and for missing sizes."""
         activation = raw.get("feed_forward_proj", "relu")
         if activation != ACTIVATION:
             raise UserError(
@@ -67,7 +79,7 @@ class T5Config:
         return cls(**values)
 
     def to_json(self) -> dict:
-        """The `config.json` with which transformers' T5EncoderModel loads the exported weights."""
+        """Return the `config.json` with which transformers' T5EncoderModel loads exported weights."""
         fixed = {
             "architectures": ["T5EncoderModel"],
             "model_type": "t5",
@@ -97,25 +109,26 @@ _JSON_NAMES = {
 
 
 def position_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> NpInts["t u"]:
-    """Bucket of the distance from each query t to each key u.
+    """Return the bucket of the distance from each query t to each key u.
 
-    The upper half of the buckets is for keys after the query. In each half, the first half of the buckets is one bucket
-    a distance, the rest grow logarithmically up to `max_distance`; whatever is farther shares the last one.
+    The upper half of the buckets is for keys after the query. In each half, the first half of the buckets holds one
+    distance each, and the others grow logarithmically up to `max_distance`. Farther keys share the last bucket.
     """
     offsets = np.arange(num_tokens)[None, :] - np.arange(num_tokens)[:, None]
     half = num_buckets // 2
     exact = half // 2
     distances = np.abs(offsets)
-    # fp32, as the reference computes it: a distance on the edge of two buckets must fall on the same side.
+    # fp32, as in the reference, so that a distance on the edge of two buckets falls on the same side.
     fractions = np.log(np.maximum(distances, 1).astype(np.float32) / exact) / np.float32(math.log(max_distance / exact))
     logarithmic = np.minimum(exact + (fractions * (half - exact)).astype(np.int32), half - 1)
     return (np.where(offsets > 0, half, 0) + np.where(distances < exact, distances, logarithmic)).astype(np.int32)
 
 
 class T5Attention(nnx.Module):
-    """Self-attention of T5: no biases, and no scaling of the logits (the initialiser of the queries absorbs it)."""
+    """Self-attention of T5, without biases and without scaling of the logits, which the initial queries absorb."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, **dtypes):
+        """Build the projections; `dtypes` are dtype and param_dtype, as in all classes below."""
         width, inner = config.width, config.num_heads * config.head_dim
         self.head_dim = config.head_dim
         self.query = _linear(width, inner, (width * config.head_dim) ** -0.5, rngs=rngs, **dtypes)
@@ -124,6 +137,7 @@ class T5Attention(nnx.Module):
         self.out = _linear(inner, width, inner**-0.5, rngs=rngs, **dtypes)
 
     def __call__(self, x: Floats["b t x"], bias: Floats["k t t"]) -> Floats["b t x"]:
+        """Attend, with `bias` added to the logits."""
         query, key, value = (self._split(project(x)) for project in (self.query, self.key, self.value))
         mixed = jax.nn.dot_product_attention(query, key, value, bias=bias[None], scale=1.0)
         return self.out(mixed.reshape(*x.shape[:-1], -1))
@@ -136,34 +150,48 @@ class Mlp(nnx.Module):
     """Gated feed-forward: `down(gelu(gate x) * up x)`."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, **dtypes):
+        """Build the layers."""
         width, hidden = config.width, config.hidden_width
         self.gate = _linear(width, hidden, width**-0.5, rngs=rngs, **dtypes)
         self.up = _linear(width, hidden, width**-0.5, rngs=rngs, **dtypes)
         self.down = _linear(hidden, width, hidden**-0.5, rngs=rngs, **dtypes)
 
     def __call__(self, x: Floats["b t x"]) -> Floats["b t x"]:
+        """Apply the layers to every token."""
         return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
 
 
 class T5Block(nnx.Module):
+    """Attention, then feed-forward, each behind its norm and added to the residual stream."""
+
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, **dtypes):
+        """Build the layers."""
         self.attn_norm = _rms_norm(config, rngs=rngs, **dtypes)
         self.attn = T5Attention(config, rngs=rngs, **dtypes)
         self.mlp_norm = _rms_norm(config, rngs=rngs, **dtypes)
         self.mlp = Mlp(config, rngs=rngs, **dtypes)
 
     def __call__(self, x: Floats["b t x"], bias: Floats["k t t"]) -> Floats["b t x"]:
+        """Run the block; `bias` is that of the relative positions."""
         x = x + self.attn(self.attn_norm(x), bias)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class T5Encoder(nnx.Module):
-    """Token ids -> text embeddings. The parameters of all blocks are stacked along a leading layer axis and scanned.
+    """Embeds token ids. The parameters of all blocks are stacked along a leading layer axis and run by one scan.
 
-    Random initialisation follows T5's own, so that an untrained encoder already gives O(1) embeddings.
+    Random parameters follow T5's initialisation, so that an untrained encoder already gives O(1) embeddings.
     """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        """Build the encoder.
+
+        Args:
+            config: sizes.
+            rngs: of the initial parameters.
+            dtype: of the computation.
+            param_dtype: of the parameters.
+        """
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.token_embedding = nnx.Embed(
@@ -182,7 +210,7 @@ class T5Encoder(nnx.Module):
         self.final_norm = _rms_norm(config, rngs=rngs, **dtypes)
 
     def __call__(self, input_ids: Ints["b t"]) -> Floats["b t x"]:
-        """Embeds padded prompts; padding is not masked (see the module's docstring)."""
+        """Embed padded prompts; padding is not masked (see the module's docstring)."""
         block_def, block_params = nnx.split(self.blocks)
         bias = self.position_bias(input_ids.shape[1])
 
@@ -193,7 +221,7 @@ class T5Encoder(nnx.Module):
         return self.final_norm(x)
 
     def position_bias(self, num_tokens: int) -> Floats["k t t"]:
-        """Added to the attention logits of every block (in torch checkpoints it belongs to block 0)."""
+        """Return the bias of every block's attention logits; torch checkpoints store it with block 0."""
         buckets = position_buckets(num_tokens, self.config.num_buckets, self.config.max_distance)
         return self.relative_bias(jnp.asarray(buckets)).transpose(2, 0, 1)
 
@@ -209,9 +237,9 @@ def _rms_norm(config: T5Config, **kwargs) -> nnx.RMSNorm:
 _BLOCK = "encoder.block.{layer}.layer"
 
 PORT_TABLE = (  # of transformers' T5EncoderModel
-    # One tensor under two names; files hold either or both.
+    # One tensor with two names; files hold either or both.
     Rule("shared.weight", "token_embedding.embedding", aliases=("encoder.embed_tokens.weight",)),
-    # Only block 0 has a bias of its own; all blocks use it.
+    # Only block 0 stores a bias; all blocks use it.
     Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "relative_bias.embedding"),
     Rule(f"{_BLOCK}.0.layer_norm.weight", "blocks.attn_norm.scale"),
     Rule(f"{_BLOCK}.0.SelfAttention.q.weight", "blocks.attn.query.kernel", LINEAR),

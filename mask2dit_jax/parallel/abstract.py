@@ -1,4 +1,4 @@
-"""Modules without memory: the shape, dtype and sharding of every parameter, before any of them exists."""
+"""Modules without memory: shape, dtype and sharding of every parameter, before any of them exists."""
 
 import jax
 from flax import nnx
@@ -8,15 +8,17 @@ from mask2dit_jax.parallel import sharding
 
 
 class _OneKey(nnx.RngStream):
-    """Gives the same key each time. Counting them costs most of the time of tracing a constructor, and nobody sees the
-    numbers of a module that has none."""
+    """A stream that gives the same key each time.
+
+    Counting keys takes most of the time of tracing a constructor, and an abstract module has no values to differ.
+    """
 
     def __call__(self) -> jax.Array:
         return self.key[...]
 
 
 def memoryless(kind: type[nnx.Module], config, **kwargs) -> nnx.Module:
-    """`kind(config, rngs=..., **kwargs)` with a `ShapeDtypeStruct` for every parameter."""
+    """Build `kind(config, rngs=..., **kwargs)` with a `ShapeDtypeStruct` in place of every parameter."""
 
     def make():
         rngs = nnx.Rngs(0)
@@ -27,11 +29,15 @@ def memoryless(kind: type[nnx.Module], config, **kwargs) -> nnx.Module:
 
 
 def abstract_module(kind: type[nnx.Module], config, dtype, mesh: Mesh, table: sharding.Table, param_dtype=None):
-    """Graph and parameters (shape, dtype, sharding) of `kind(config)`.
+    """Return the graph of `kind(config)` and its parameters as shapes, dtypes and shardings.
 
     Args:
+        kind: class of the module.
+        config: its config.
         dtype: of the computation.
-        param_dtype: of the parameters; that of the computation if not given, as frozen models are kept.
+        mesh: where the parameters will lie.
+        table: partition of every parameter.
+        param_dtype: of the parameters; None means that of the computation, as frozen models are kept.
     """
     dtypes = {"dtype": dtype, "param_dtype": param_dtype or dtype}
     graph, params = nnx.split(memoryless(kind, config, **dtypes))

@@ -1,7 +1,8 @@
 """Where parameters, optimiser state, batches and activations lie on the mesh.
 
-One table a model: path pattern -> partition of the axes, left to right. A parameter matches exactly one row. What is
-made from parameters (Adam's moments, EMA) has their paths at its end, and so their rows.
+Every model has a table of rows (pattern of parameter paths, partition of the axes), and every parameter matches exactly
+one row. What derives from parameters, such as Adam's moments and moving averages, has paths that end in theirs, so it
+matches the same rows.
 """
 
 import re
@@ -18,16 +19,16 @@ P = PartitionSpec
 Table = Sequence[tuple[str, PartitionSpec]]
 ALL = (*WEIGHTS, TENSOR)  # for parameters with no axis of heads or hidden units
 
-# Activations, at the points where models say so.
+# Partitions of activations, at the points where models constrain them.
 TOKENS = P(BATCH, CONTEXT)  # (b l d), and (b l anything)
 HEADS = P(BATCH, CONTEXT, TENSOR)  # (b l k m)
 HIDDEN = P(BATCH, CONTEXT, TENSOR)  # (b l f)
 SAMPLES = P(BATCH)  # (b ...)
-FRAMES = P(BATCH, None, CONTEXT, TENSOR)  # (b f h w c): a VAE's frames, cut into rows and columns of tiles
+FRAMES = P(BATCH, None, CONTEXT, TENSOR)  # (b f h w c): frames of a VAE, cut into tiles
 
 
 def spec_of(path: str, table: Table) -> PartitionSpec:
-    """The partition of one parameter.
+    """Return the partition of one parameter.
 
     Raises:
         ValueError: no row of the table matches, or several do.
@@ -39,7 +40,7 @@ def spec_of(path: str, table: Table) -> PartitionSpec:
 
 
 def fit(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """`spec` without the mesh axes that do not divide the array (the sizes of small models need not be multiples)."""
+    """Return `spec` without the mesh axes that do not divide the array, as happens with small models."""
     return P(*(_dividing(entry, size, mesh) for entry, size in zip(spec, shape, strict=False)))
 
 
@@ -53,9 +54,9 @@ def _dividing(entry, size: int, mesh) -> tuple[str, ...] | None:
 
 
 def parameter_shardings(params, mesh: Mesh, table: Table):
-    """The sharding of every leaf of a (possibly abstract) parameter state, or of anything that mirrors one.
+    """Return the sharding of every leaf of a parameter state, concrete or abstract, or of anything that mirrors one.
 
-    Leaves outside of it, counters and keys, which are scalars, are replicated.
+    Scalars, such as counters and keys, are replicated.
     """
 
     def place(path: Sequence[Any], leaf):
@@ -67,13 +68,13 @@ def parameter_shardings(params, mesh: Mesh, table: Table):
 
 
 def name_of(path) -> str:
-    """The path of a parameter, without what holds it (`opt_state[1].mu`) and without the variable's `.value`."""
+    """Return the path of a parameter, without what holds it (`opt_state[1].mu`) and the variable's `.value`."""
     keys = [getattr(entry, "key", None) for entry in path]
     return ".".join(str(key) for key in keys if isinstance(key, str))
 
 
 def constrain(x: Array, spec: PartitionSpec) -> Array:
-    """Says where an activation lies, on the mesh of `jax.set_mesh`; outside of one, `x` as it is."""
+    """Constrain where an activation lies on the mesh of `jax.set_mesh`; without a mesh, return `x` as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -81,9 +82,10 @@ def constrain(x: Array, spec: PartitionSpec) -> Array:
 
 
 def placed(abstract, shardings):
-    """Shapes and dtypes together with where they are to lie."""
+    """Return shapes and dtypes together with their shardings."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds in full."""
     return NamedSharding(mesh, P())

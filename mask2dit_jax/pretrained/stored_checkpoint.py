@@ -88,7 +88,9 @@ def load_params(checkpoint: epath.Path, abstract: nnx.State, item: str = "params
     """Load the parameters of a checkpoint, or their moving average (item "ema").
 
     Args:
+        checkpoint: folder that `find` returned.
         abstract: shapes, dtypes and shardings to load onto.
+        item: "params" or "ema".
 
     Raises:
         UserError: the checkpoint holds other shapes, is damaged, or its storage does not answer.

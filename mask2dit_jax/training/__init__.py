@@ -1,0 +1,1 @@
+"""A training run: its step, state, optimiser, checkpoints, metrics and validation."""

@@ -50,6 +50,7 @@ def open_manager(workdir: epath.PathLike, *, keep: int, keep_every: int = 0, asy
     """Open the checkpoints of a workdir, which is created if need be, and remove what a killed run left half-written.
 
     Args:
+        workdir: local or gs://.
         keep: number of newest checkpoints to keep.
         keep_every: also keep the checkpoints of steps that are a multiple of this; 0 keeps no others.
         asynchronous: save in the background, from a copy of the state in host memory.

@@ -1,6 +1,6 @@
-"""A training run as XLA sees it: one step, what goes into it, and where all of it lies on a mesh.
+"""A training run as XLA sees it: one step, its inputs, and where everything lies on the mesh.
 
-`train` runs it on the devices there are; `train_compile` compiles the same for devices that are not.
+`train` runs the step on the devices at hand. `train_compile` compiles the same step for devices that are elsewhere.
 """
 
 import dataclasses
@@ -34,15 +34,17 @@ class TrainProgram:
     """What is trained, how, and on which mesh.
 
     Attributes:
+        mesh: the devices.
+        model: config of the transformer.
+        objective: the loss and the layout of a sample.
+        optimizer: settings of AdamW.
+        global_batch_size: samples of a step, over all devices.
+        seed: of parameters that start from scratch, and of everything that a step draws.
         dtype: of the computation.
-        param_dtype: of the parameters that train and of the optimiser's moments.
-        frozen_dtype: of the parameters that do not train; None: the same.
-        seed: of the parameters, when they start from scratch, and of all that a step draws.
-        stored_layout: of the samples that the data has; those of `objective.layout` are cut from them.
-
-    Raises:
-        UserError: the batch or the tokens of a sample do not divide over the mesh, or a pattern of `update.trainable`
-            matches nothing.
+        param_dtype: of trained parameters and of the optimiser's moments.
+        frozen_dtype: of parameters that do not train; None means `param_dtype`.
+        update: accumulation, moving average, and which parameters train.
+        stored_layout: layout of the samples in the data; those of `objective.layout` are cut from them.
     """
 
     mesh: Mesh
@@ -58,6 +60,12 @@ class TrainProgram:
     stored_layout: SceneLayout | None = None
 
     def __post_init__(self):
+        """Check that the parts fit together.
+
+        Raises:
+            UserError: the batch or the tokens of a sample do not divide over the mesh, a pattern of `update.trainable`
+                matches nothing, or the backbone has no adapters for `model.lora`.
+        """
         if self.model.lora and not self.backbone.supports_lora:
             raise UserError(f"{self.backbone.class_names[0]} has no LoRA adapters; set --config.lora.rank=0")
         check_batch(self.global_batch_size, self.mesh, self.update.accumulate_steps)
@@ -76,7 +84,7 @@ class TrainProgram:
 
     @property
     def abstract_params(self) -> nnx.State:
-        """Shape, dtype and sharding of every parameter."""
+        """Shape, dtype and sharding of every parameter, adapters included."""
         trained, frozen = trainable.split(self._split_model[1], self.update.trainable)
         frozen_dtype = self.frozen_dtype or self.param_dtype
         frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, frozen_dtype), frozen)
@@ -85,7 +93,7 @@ class TrainProgram:
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
-        """Shape, dtype and sharding of the whole state: what a checkpoint is restored onto."""
+        """Shape, dtype and sharding of the whole state, which a checkpoint is restored onto."""
         state = jax.eval_shape(self._init_state, self.abstract_params)
         return sharding.placed(state, sharding.parameter_shardings(state, self.mesh, self.backbone.sharding_table))
 
@@ -104,26 +112,26 @@ class TrainProgram:
 
     @functools.cached_property
     def step(self):
-        """The jitted `train_step(state, batch) -> (state, metrics)`; the state given is used up."""
+        """The jitted `train_step(state, batch) -> (state, metrics)`; it donates the state."""
         graph, optimizer = self._split_model[0], make_optimizer(self.optimizer)
         train_step = make_train_step(graph, optimizer, self.objective, self.seed, self.update)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(self.mesh)))
 
     def lower(self, platform: str) -> jax.stages.Lowered:
-        """The step, to be compiled for the devices of the mesh."""
+        """Lower the step for the devices of the mesh, which may be those of a topology."""
         with jax.set_mesh(self.mesh):
             return self.step.trace(self.abstract_state, self.abstract_batch).lower(lowering_platforms=(platform,))
 
     @functools.cached_property
     def validate(self):
-        """The jitted `validate(params, batch) -> losses` (see `validation`)."""
+        """The jitted `validate(params, batch) -> losses` of `training.validation`."""
         run = make_validation(self._split_model[0], self.objective, self.seed)
         return jax.jit(run, out_shardings=sharding.replicated(self.mesh))
 
     @functools.cached_property
     def flops(self) -> float:
-        """What a step must compute, on all chips together."""
+        """FLOPs that a step needs, over all chips."""
         leaves = nnx.to_flat_state(self._split_model[1])
         sizes = {path: leaf.size for path, leaf in leaves if path[-1] == "kernel"}
         trained = sum(size for path, size in sizes.items() if trainable.is_trained(path, self.update.trainable))
@@ -132,19 +140,20 @@ class TrainProgram:
 
     @property
     def graph(self) -> nnx.GraphDef:
+        """The graph of the transformer, to be merged with its parameters."""
         return self._split_model[0]
 
     def random_params(self) -> nnx.State:
-        """Parameters of a run from scratch, each made where it belongs; the same on every mesh."""
+        """Make the parameters of a run from scratch, each on its own devices; they are the same on every mesh."""
         return self._random(lambda params: params)
 
     def adapted(self, params: nnx.State) -> nnx.State:
-        """`params` of the plain model, with new adapters where the model has some."""
+        """Return `params` of the plain model together with new adapters, if the model has any."""
         return trainable.join(params, self._random(lora.adapters_of)) if self.model.lora else params
 
     @property
     def abstract_plain(self) -> nnx.State:
-        """Shape, dtype and sharding of every parameter but the adapters: what stored weights have."""
+        """Shape, dtype and sharding of every parameter but the adapters, as stored weights have them."""
         return lora.without_adapters(self.abstract_params)
 
     def _random(self, choose) -> nnx.State:
@@ -158,7 +167,7 @@ class TrainProgram:
         return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
 
     def start(self, params: nnx.State) -> TrainState:
-        """The state of step 0; uses `params` up."""
+        """Return the state of step 0; donates `params`."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         return jax.jit(self._init_state, out_shardings=shardings, donate_argnums=0)(params)
 
@@ -167,14 +176,20 @@ class TrainProgram:
 
 
 def local_rows(abstract: AbstractBatch) -> list[int]:
-    """The samples of a global batch that this process's devices need. Processes along context share theirs."""
+    """Return the rows of a global batch that this process's devices need; processes along `context` need the same."""
     whole = jax.tree.leaves(abstract)[0]
     indices = whole.sharding.addressable_devices_indices_map(whole.shape).values()
     return sorted({row for index in indices for row in range(whole.shape[0])[index[0]]})
 
 
 def global_batch(batch: dict[str, np.ndarray], abstract: AbstractBatch, rows: list[int]) -> dict[str, Array]:
-    """The global arrays of a batch, of which this process has read `rows`."""
+    """Make the global arrays of a batch.
+
+    Args:
+        batch: the rows that this process has read.
+        abstract: shape, dtype and sharding of the global batch.
+        rows: their numbers in the global batch, from `local_rows`.
+    """
 
     def place(read, whole):
         def shard(index):

@@ -1,7 +1,7 @@
-"""Going on from a checkpoint: the newest one that is whole, on whatever mesh and number of processes there are now.
+"""Resuming a run from its newest complete checkpoint, on any mesh and any number of processes.
 
-What is damaged is set aside as `damaged-STEP` and named in the log, and the run goes on from the checkpoint before. All
-processes go on from the same one. Storage that does not answer is no damage: it is asked again, and then the run ends.
+A damaged checkpoint is renamed to `damaged-STEP` and named in the log, and the run resumes from the one before. All
+processes resume from the same one. Storage that does not answer is no damage: it is asked again, then the run ends.
 """
 
 import functools
@@ -32,16 +32,19 @@ from mask2dit_jax.training.checkpoint import TRAIN, Manager
 from mask2dit_jax.training.step import TrainState
 
 _T = TypeVar("_T")
-_PAUSES = (10.0, 30.0)  # seconds, before storage that does not answer is asked again
+_PAUSES = (10.0, 30.0)  # seconds to wait before storage that did not answer is asked again
 _FINE, _DAMAGED, _OUT_OF_REACH = range(3)
 
 
 def set_aside_unreadable(manager: Manager) -> int | None:
-    """The newest step whose record and metadata can be read, None if nothing was ever saved.
+    """Set aside checkpoints whose record or metadata cannot be read, from the newest on until one can.
+
+    Returns:
+        The step of the newest checkpoint that can be read; None if nothing was ever saved.
 
     Raises:
-        UserError: there are checkpoints, but none that can be read, or none of a training run. Also when the run is
-            started again as it is, which whoever restarts jobs does: a run never begins anew without being told to.
+        UserError: there are checkpoints, but none can be read, or they are not of a training run. The same error comes
+            when a scheduler restarts the job, because a run never starts over without being told to.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     if not steps and any(manager.directory.glob("damaged-*")):
@@ -64,12 +67,16 @@ def set_aside_unreadable(manager: Manager) -> int | None:
 
 
 def restore(manager: Manager, abstract: TrainState) -> TrainState:
-    """The newest checkpoint that is whole, onto the shardings of `abstract` (shapes and dtypes of the state).
+    """Restore the newest checkpoint that is not damaged.
 
-    An average that is wanted but was not saved begins as a copy of the parameters.
+    If the run keeps a moving average that the checkpoint lacks, the average starts as a copy of the parameters.
+
+    Args:
+        manager: the run's checkpoints.
+        abstract: shapes, dtypes and shardings to restore onto.
 
     Raises:
-        UserError: it is the state of another model or of other trained parameters, no checkpoint can be read, or the
+        UserError: the state is that of another model or of other trained parameters, no checkpoint can be read, or the
             storage does not answer.
     """
     while (step := manager.latest_step()) is not None:
@@ -84,7 +91,7 @@ def restore(manager: Manager, abstract: TrainState) -> TrainState:
             else:
                 raise
             reason = reason_of(error, folder)
-        # All processes must go on from the same one, and not each reads the same files.
+        # All processes must resume from the same checkpoint, although each reads other files of it.
         worst = np.max(multihost_utils.process_allgather(np.array(verdict)))
         if worst == _FINE:
             return state
@@ -133,7 +140,7 @@ def _check_shapes(folder: epath.Path, item: str, target) -> None:
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    """By path; a stored named tuple has become a dictionary, and a variable its value."""
+    """Return shapes by path; Orbax stores a named tuple as a dictionary, and a variable as its value."""
 
     def name(path) -> str:
         keys = (getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
@@ -143,9 +150,9 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
 
 
 def _damage(folder: epath.Path) -> str | None:
-    """What shows without reading the arrays: a reason, or None."""
+    """Return what is wrong with a checkpoint, as far as shows without reading its arrays; None if nothing is."""
 
-    def look():  # ported weights are parameters alone, and their record has no run's config
+    def look():  # ported weights are parameters alone, and their record has no run config
         items = ("params", "train") if "config" in read_record(folder) else ("params",)
         for item in items:
             metadata(folder / item)
@@ -162,7 +169,7 @@ def _damage(folder: epath.Path) -> str | None:
 
 
 def _patiently(read: Callable[[], _T]) -> _T:
-    """What `read` returns; tried again after a pause where the storage does not answer."""
+    """Return what `read` returns; if the storage does not answer, pause and try again."""
     for pause in _PAUSES:
         try:
             return read()
@@ -192,5 +199,5 @@ def _reload(manager: Manager) -> None:
 def _none_left(manager: Manager) -> UserError:
     return UserError(
         f"no checkpoint in {manager.directory} can be read, and all are set aside as damaged-STEP; delete these to "
-        "begin this run anew, name one STEP again if its files are in order, or start another workdir"
+        "start this run over, rename one back to STEP if its files are intact, or use another workdir"
     )

@@ -1,4 +1,4 @@
-"""One training step, for every stage: pretraining, SFT and their ablations differ by values, never by code."""
+"""One training step for every stage: pretraining, SFT and their ablations differ in values, never in code."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -18,18 +18,20 @@ from mask2dit_jax.parallel.mesh import BATCH
 from mask2dit_jax.parallel.sharding import P, constrain
 from mask2dit_jax.training import trainable
 
-NUM_BUCKETS = 10  # of timesteps, for the loss by timestep
+NUM_BUCKETS = 10  # ranges of timesteps that losses are reported for
 Batch = dict[str, Array]  # mean, logvar: (b f h w c) of the VAE's posterior, unscaled; text: (b s t x)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is learnt.
+    """What a run learns.
 
     Attributes:
+        schedule: how latents are noised, and the v that the model predicts.
+        layout: scenes of a sample.
         scaling_factor: of the VAE; the transformer sees latents times this.
         condition_probability: p, the share of scene-extension samples (0 in pretraining, 0.5 in SFT).
-        condition: how known scenes are shown, "clean" or "noised" (at t = 0).
+        condition: how known scenes are shown, "clean" or "noised" at t = 0.
     """
 
     schedule: NoiseSchedule
@@ -39,19 +41,20 @@ class Objective:
     condition: str = "clean"
 
     def __post_init__(self):
+        """Raise UserError for an unknown `condition`."""
         conditioning.check_condition(self.condition)
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateConfig:
-    """How a batch becomes new parameters, the optimiser apart.
+    """How a batch updates the parameters, apart from the optimiser.
 
     Attributes:
-        accumulate_steps: the batch goes through the model in so many parts, for a so many times smaller memory of
-            activations. What is random is drawn for the whole batch first, so the step stays the same step.
-        ema_decay: of the moving average of the parameters; 0 keeps none. In the first steps the average follows
-            faster, with a decay of (1 + step) / (10 + step), or it would long be full of its beginning.
-        trainable: regular expressions over parameter paths (see `trainable.split`); all if there are none.
+        accumulate_steps: number of parts in which a batch goes through the model, to divide the memory of activations
+            by that number. Random numbers are drawn for the whole batch first, so the step computes the same update.
+        ema_decay: decay of the moving average of the parameters; 0 keeps no average. Early steps use the smaller decay
+            (1 + step) / (10 + step), so that the average soon forgets the initial parameters.
+        trainable: regular expressions over the paths of the parameters that train (`trainable.split`); () trains all.
     """
 
     accumulate_steps: int = 1
@@ -59,17 +62,21 @@ class UpdateConfig:
     trainable: tuple[str, ...] = ()
 
     def __post_init__(self):
+        """Raise UserError for a decay outside [0, 1)."""
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} must be at least 0 and less than 1; 0 keeps no average")
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step; keys are folded from `step`, so nothing else needs saving.
+    """Everything that changes from step to step. Random keys are derived from `step`, so no key is saved.
 
     Attributes:
-        params: all of them, those that do not train as well.
-        opt_state, ema: of those that train; ema in fp32, None if there is none.
-        skipped, skipped_in_a_row: updates left out because loss or gradient were not finite.
+        step: number of steps done.
+        params: all parameters, frozen ones included.
+        opt_state: the optimiser's state, for the trained parameters.
+        ema: moving average of the trained parameters in fp32, or None.
+        skipped: number of updates skipped so far because loss or gradient were not finite.
+        skipped_in_a_row: number of updates skipped since the last one that was made.
     """
 
     step: Array
@@ -83,20 +90,22 @@ class TrainState(NamedTuple):
 def init_state(
     params: nnx.State, optimizer: optax.GradientTransformation, update: UpdateConfig = UpdateConfig()
 ) -> TrainState:
+    """Return the state of step 0."""
     trained, _ = trainable.split(params, update.trainable)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(trained), init_ema(params, update), zero, zero)
 
 
 def init_ema(params: nnx.State, update: UpdateConfig) -> nnx.State | None:
+    """Return the initial moving average, a copy of the trained parameters in fp32; None if the run keeps none."""
     if not update.ema_decay:
         return None
-    # A copy even where the type is the same: what is donated must not be in two places of a state.
+    # A copy even where the dtype is the same, because a donated array must not appear twice in a state.
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable.split(params, update.trainable)[0])
 
 
 def evaluated_params(state: TrainState, update: UpdateConfig) -> nnx.State:
-    """What is looked at while training: the average, where there is one."""
+    """Return the parameters to validate and sample with: the moving average if there is one."""
     if state.ema is None:
         return state.params
     return trainable.join(state.ema, trainable.split(state.params, update.trainable)[1])
@@ -111,12 +120,16 @@ def denoising_loss(
     timesteps: Ints[" b"],
     is_known: Array,
 ) -> tuple[Floats[""], dict[str, Array]]:
-    """Squared error of the predicted v over the scenes to denoise (Eq. 2 and 3), in fp32.
+    """Compute the squared error of the predicted v over the scenes to denoise (Eq. 2 and 3 of the paper), in fp32.
 
     Args:
-        latents: clean, scaled.
-        timesteps: of each sample, 0..999.
-        is_known: (b, s), the conditional scenes.
+        model: predicts v.
+        objective: schedule, layout and how known scenes are shown.
+        latents: clean, scaled latents.
+        text: embeddings of each scene's prompt.
+        noise: standard normal noise.
+        timesteps: timestep of each sample, 0..999.
+        is_known: (b, s), true for the scenes that condition the others.
 
     Returns:
         The loss, and {"loss_per_sample": (b), "prediction", "noisy", "target": (b f h w c)}.
@@ -140,14 +153,22 @@ def make_train_step(
     seed: int,
     update: UpdateConfig = UpdateConfig(),
 ):
-    """`train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+    """Make `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    An update that would not be finite is left out: parameters, optimiser and average stay, the step counts on.
+    An update that is not finite is skipped: parameters, optimiser state and average stay as they are, and the step
+    number still rises.
 
     The metrics are device arrays, so that a step never waits for the host: loss, grad_norm (before clipping),
-    param_norm (after the update), is_updated, skipped, skipped_in_a_row; and sums, to be divided when they are read:
-    loss_fixed and loss_extension over num_fixed and num_extension samples, loss_bucket over num_bucket (10 ranges of
-    timesteps).
+    param_norm (after the update), is_updated, skipped, skipped_in_a_row. Sums are divided when they are read:
+    loss_fixed_sum and loss_extension_sum by num_fixed and num_extension samples, loss_bucket_sum by num_bucket (10
+    ranges of timesteps).
+
+    Args:
+        graph: of the model.
+        optimizer: makes updates from gradients.
+        objective: what the run learns.
+        seed: of everything random.
+        update: accumulation, moving average, and which parameters train.
     """
 
     def train_step(state: TrainState, batch: Batch):
@@ -185,7 +206,7 @@ def make_train_step(
 
 
 def _loss_and_gradients(loss_fn, trained: nnx.State, inputs, num_parts: int):
-    """(loss, loss of each sample, gradients) of a batch, part after part: their mean is that of the whole."""
+    """Return (loss, loss of each sample, gradients) of a batch that goes through the model in equal parts."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if num_parts == 1:
         (loss, per_sample), grads = value_and_grad(trained, inputs)
@@ -196,7 +217,7 @@ def _loss_and_gradients(loss_fn, trained: nnx.State, inputs, num_parts: int):
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype) / num_parts, total, grads), (loss, per_sample)
 
     def cut(x):
-        # Neighbours go into different parts, so that each device finds its share of every part among its own samples.
+        # Neighbours go into different parts, so that each device holds its share of every part already.
         return constrain(x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), P(None, BATCH))
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), trained)
@@ -212,7 +233,7 @@ def _averaged(state: TrainState, params: nnx.State, decay: float) -> nnx.State |
 
 
 def _loss_sums(per_sample: Floats[" b"], inputs, objective: Objective) -> dict[str, Array]:
-    """Sums of the samples' losses, and their numbers, by kind and by timestep; what is not finite is left out."""
+    """Sum the samples' losses and count the samples, by kind and by timestep; skips losses that are not finite."""
     *_, timesteps, is_known = inputs
     is_finite, is_extension = jnp.isfinite(per_sample), is_known.any(axis=1)
     bucket = timesteps * NUM_BUCKETS // objective.schedule.config.num_train_timesteps
@@ -227,7 +248,7 @@ def _loss_sums(per_sample: Floats[" b"], inputs, objective: Objective) -> dict[s
 
 
 def _draw_inputs(key: Array, batch: Batch, objective: Objective):
-    """Everything random in a step: latents from the posterior, noise, timesteps, and which samples are extensions."""
+    """Draw everything random in a step: latents from the posterior, noise, timesteps, and which scenes are known."""
     posterior_key, noise_key, time_key, known_key = jax.random.split(key, 4)
     latents = draw_latents(posterior_key, batch, objective)
     noise = jax.random.normal(noise_key, latents.shape)
@@ -240,6 +261,6 @@ def _draw_inputs(key: Array, batch: Batch, objective: Objective):
 
 
 def draw_latents(key: Array, batch: Batch, objective: Objective) -> Floats["b f h w c"]:
-    """Latents as the transformer sees them: drawn from the posterior, scaled."""
+    """Draw latents from the VAE's posterior and scale them, as the transformer sees them."""
     mean, std = batch["mean"], jnp.exp(0.5 * batch["logvar"])
     return (mean + std * jax.random.normal(key, mean.shape)) * objective.scaling_factor

@@ -1,4 +1,4 @@
-"""A loss that can be compared from step to step: timesteps, noise and batch stay the same all through a run."""
+"""A validation loss that is comparable from step to step: timesteps, noise and batch stay fixed throughout a run."""
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +9,23 @@ from mask2dit_jax.diffusion import conditioning
 from mask2dit_jax.training.step import Batch, Objective, denoising_loss, draw_latents
 
 NUM_TIMESTEPS = 5
-_STREAM = 2**31 - 1  # of keys: no training step has this number
+_STREAM = 2**31 - 1  # folded into the key; no training step has this number
 
 
 def timesteps(objective: Objective) -> np.ndarray:
-    """The middles of so many equal ranges: 100, 300, .. 900 of 1000."""
+    """Return the middles of NUM_TIMESTEPS equal ranges: 100, 300, .. 900 of 1000."""
     total = objective.schedule.config.num_train_timesteps
     return (np.arange(NUM_TIMESTEPS) * 2 + 1) * total // (2 * NUM_TIMESTEPS)
 
 
 def kinds(objective: Objective) -> dict[str, float]:
-    """The kinds of samples that the run trains on, and the probability with which each draws only its own."""
+    """Return the kinds of samples that the run trains on, with the condition probability that draws only that kind."""
     p = objective.condition_probability
     return {name: only for name, only in (("fixed", 0.0), ("extension", 1.0)) if abs(p - only) < 1}
 
 
 def scalars(losses: dict[str, np.ndarray], objective: Objective) -> dict[str, float]:
-    """What `validate` found, by name, and its mean."""
+    """Return the losses that `validate` computed and their mean, by the names that TensorBoard shows."""
     found = {
         f"validation/{kind}_t{timestep:03d}": float(loss)
         for kind, per_timestep in losses.items()
@@ -35,7 +35,16 @@ def scalars(losses: dict[str, np.ndarray], objective: Objective) -> dict[str, fl
 
 
 def make_validation(graph: nnx.GraphDef, objective: Objective, seed: int):
-    """`validate(params, batch) -> {kind: losses}`, to be jitted: the loss of the batch at each of `timesteps`."""
+    """Make `validate(params, batch) -> {kind: losses}`, to be jitted.
+
+    Args:
+        graph: of the model.
+        objective: what the run trains.
+        seed: of the noise and of the draws from the posterior.
+
+    Returns:
+        The function; it computes the loss of the batch at each of `timesteps`.
+    """
 
     def validate(params: nnx.State, batch: Batch):
         model = nnx.merge(graph, params)

@@ -117,7 +117,7 @@ def test_no_checkpoint_is_whole(commands, dataset, references, tmp_path):
         assert finished.code == 1
         assert "Traceback" not in finished.stderr
         assert line.startswith("error: no checkpoint in"), line
-        assert "set aside as damaged-STEP; delete these to begin this run anew" in line
+        assert "set aside as damaged-STEP; delete these to start this run over" in line
 
 
 def test_full_disk(commands, dataset, references, tmp_path):

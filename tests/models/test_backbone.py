@@ -1,4 +1,4 @@
-"""Another backbone is one file and one line: this one is ported, trained and sampled by code that never heard of it."""
+"""Another backbone is one file and one line: the package ports, trains and samples the one that is defined here."""
 
 import dataclasses
 import json
@@ -112,7 +112,7 @@ SCHEDULE = NoiseSchedule(ScheduleConfig.cogvideox_5b())
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
-    """The one line, for as long as a test runs."""
+    """Add the one line, for as long as a test runs."""
     monkeypatch.setitem(registry.BACKBONES, "Mixer3DModel", MIXER)
 
 

@@ -1,4 +1,4 @@
-"""The released transformers, by shape alone: every key has its place, and the full-size step traces."""
+"""The released transformers by shape alone: every key has a parameter, and the full-size step traces."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_misfits_are_named(change, message):
 
 @pytest.mark.parametrize("size", CONFIGS)
 def test_full_size_train_step_traces(size):
-    """3 x 49 x 480 x 720 in bf16 with fp32 parameters, through the very step that trains the tiny model."""
+    """Trace 3 x 49 x 480 x 720 in bf16 with fp32 parameters through the step that also trains the tiny model."""
     config = DiTConfig(**{**vars(CONFIGS[size]), "remat": "full"})
     graph, params = abstract_model(config, dtype=jnp.bfloat16)
     layout = config.layout((13, 13, 13), 60, 90)

@@ -1,4 +1,4 @@
-"""The counted FLOPs are those XLA counts for the same model (attention in the dense form, where nothing is masked)."""
+"""The counted FLOPs equal those that XLA counts for the same model with dense, unmasked attention."""
 
 import jax
 import jax.numpy as jnp

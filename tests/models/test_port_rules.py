@@ -1,4 +1,4 @@
-"""Port tables are strict: whatever does not fit is an error that names the tensor."""
+"""Port tables are strict: anything that does not fit is an error that names the tensor."""
 
 import jax
 import numpy as np

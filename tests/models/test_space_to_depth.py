@@ -1,4 +1,4 @@
-"""The lossless codec in the VAE's place: through the same door, exact both ways."""
+"""The lossless codec takes the place of the VAE and is exact both ways."""
 
 import jax
 import numpy as np

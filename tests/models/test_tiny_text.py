@@ -1,4 +1,4 @@
-"""The text side of the tiny preset, as it ships: what its recipe makes, what transformers reads, of use to a model."""
+"""The tiny text encoder and tokenizer that ship: their recipe makes them, transformers reads them, captions differ."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the VAE promises beyond equal numbers: chunks, causality, shapes, errors."""
+"""What the VAE promises beyond numerical parity: chunks, causality, shapes, errors."""
 
 import dataclasses
 import itertools
@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.models import vae as vae_module
-from mask2dit_jax.models.vae import VAE, Posterior, VAEConfig, _conv_3d, _conv_by_taps, _conv_over_channels
+from mask2dit_jax.models import causal_conv
+from mask2dit_jax.models.causal_conv import _conv_3d, _conv_by_taps, _conv_over_channels
+from mask2dit_jax.models.vae import VAE, Posterior, VAEConfig
 from mask2dit_jax.parallel.abstract import memoryless
 
 TINY = VAEConfig(block_out_channels=(4, 4, 8), latent_channels=2, layers_per_block=1, norm_num_groups=2)
@@ -40,7 +41,7 @@ def pixels(frames, height=8, width=8, batch=1):
 
 
 def by_hand(coder, x, edges):
-    """The chunks x[edges[i]:edges[i+1]] one after the other, each with the cache of the one before."""
+    """Run the chunks x[edges[i]:edges[i+1]] in turn, each with the cache of the one before."""
     outs, cache = [], None
     for start, stop in itertools.pairwise(edges):
         out, cache = coder(x[:, start:stop], cache)
@@ -58,7 +59,7 @@ def test_encode_chunks_are_eight_frames_and_the_first_takes_the_remainder(vae):
     ("chunking", "latents", "edges", "frames"),
     [
         ("mask2dit", 1, [0, 1], 1),
-        ("mask2dit", 6, [0, 1, 3, 5, 6], 21),  # a lone last latent is four frames all the same
+        ("mask2dit", 6, [0, 1, 3, 5, 6], 21),  # a lone last latent is four frames as well
         ("mask2dit", 7, [0, 1, 3, 5, 7], 25),
         ("diffusers", 1, [0, 1], 1),
         ("diffusers", 4, [0, 2, 4], 16),  # an even count has no lone first frame
@@ -177,7 +178,7 @@ def test_a_config_without_its_widths_is_refused():
 
 
 def test_large_chunks_go_frame_by_frame_and_are_the_same(monkeypatch):
-    """What saves a CPU's memory at full size."""
+    """This form saves memory on a CPU at full size."""
     graph, params = nnx.split(VAE(TINY, rngs=nnx.Rngs(0)))
 
     def both(clip):
@@ -186,15 +187,15 @@ def test_large_chunks_go_frame_by_frame_and_are_the_same(monkeypatch):
 
     clip = pixels(13)
     at_once = jax.jit(both)(clip)
-    monkeypatch.setattr(vae_module, "LARGE", 1)
+    monkeypatch.setattr(causal_conv, "LARGE", 1)
     by_frame = jax.jit(lambda clip: both(clip))(clip)
     for ours, wanted in zip(by_frame, at_once, strict=True):
         np.testing.assert_allclose(ours, wanted, atol=float(jnp.abs(wanted).max()) * 1e-5)
 
 
 def test_a_large_chunk_in_bfloat16_is_nowhere_whole_in_float32(monkeypatch):
-    """XLA would widen it before every loop over its frames: 1.6 GB of 5.8 for 8 frames of 480 x 720."""
-    monkeypatch.setattr(vae_module, "LARGE", 1)
+    """XLA would widen it before every loop over its frames, at 1.6 of 5.8 GB for 8 frames of 480 x 720."""
+    monkeypatch.setattr(causal_conv, "LARGE", 1)
     narrow = jnp.bfloat16
     graph, params = nnx.split(memoryless(VAE, TINY, dtype=narrow, param_dtype=narrow))
 

@@ -16,7 +16,7 @@ TABLE = (
 
 
 class Toy(nnx.Module):
-    """Numbers count up, so that each element is known by its value."""
+    """Parameters count up, so that each element has its own value."""
 
     def __init__(self, width: int = 6, layers: int = 3, vocabulary: int = 10):
         self.embed = nnx.Dict(embedding=_param(vocabulary, width))

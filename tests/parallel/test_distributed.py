@@ -1,4 +1,4 @@
-"""What the variables say is checked before any process is waited for. That processes meet: tests/test_self_check.py."""
+"""Environment variables are checked before waiting for any process. tests/test_self_check.py joins processes."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from mask2dit_jax.parallel import distributed
 
 @pytest.fixture
 def initialized(monkeypatch):
-    """What reaches JAX, which connects to nobody."""
+    """Record what JAX is called with, without connecting."""
     for name in (*distributed.VARIABLES, "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(name, raising=False)
     calls = []
@@ -29,7 +29,7 @@ def initialized(monkeypatch):
 
 @pytest.fixture
 def tpu(monkeypatch):
-    """JAX's own sign that this host has chips and libtpu."""
+    """Make JAX believe that this host has chips and libtpu."""
     platforms = jax.config.jax_platforms
     jax.config.update("jax_platforms", "tpu,cpu")
     yield
@@ -100,7 +100,7 @@ def test_bad_variables(initialized, monkeypatch, told, message):
 
 
 def test_alone_it_ends_with_one_line():
-    """In a process of its own, which ends."""
+    """Run in a process of its own, which ends."""
     program = (
         "from mask2dit_jax.errors import run_main; from mask2dit_jax.parallel.distributed import initialize; "
         "run_main(lambda argv: initialize(timeout_s=2))"
@@ -128,7 +128,7 @@ def test_jax_says_no(initialized, monkeypatch):
 
 
 def test_whatever_fails_on_the_way_out_it_leaves():
-    """In a process of its own: with stdout closed, flushing raises."""
+    """Run in a process of its own, because with stdout closed flushing raises."""
     program = (
         "import sys; from mask2dit_jax.errors import UserError, leave_at_once, run_main; "
         "leave_at_once(is_first=False); sys.stdout.close(); "

@@ -1,4 +1,4 @@
-"""Sizes of a mesh: what is asked for, what is chosen, what cannot be."""
+"""Sizes of a mesh: requested, chosen, impossible."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ def test_what_is_asked_for_stays():
 
 @pytest.mark.parametrize("num_devices", [1, 4, 8])
 def test_stories_whose_scenes_have_any_length_divide(num_devices):
-    """A text has 226 tokens and a latent frame 1350; 13, 12 and 12 frames would not go over four devices."""
+    """A text has 226 tokens and a latent frame 1350; 13, 12 and 12 frames would not divide over four devices."""
     chosen = sizes_for_any_length({}, num_devices, 2, (226, 1350), 48)
     assert math.prod(chosen.values()) == num_devices
     for frames in itertools.product(range(1, 14), repeat=3):

@@ -1,4 +1,4 @@
-"""The sharding table: every parameter has one row, nothing large is left whole, and nothing drifts unseen."""
+"""Sharding tables: every parameter has one row, large ones are sharded, and no change goes unnoticed."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def abstract(kind, config) -> nnx.State:
 
 
 def described(params, table, mesh) -> dict[str, list]:
-    """{path: one entry an axis}, with lists for several mesh axes, as JSON has them."""
+    """Return {path: one entry for each axis}, with lists for several mesh axes, as JSON stores them."""
     specs = jax.tree_util.tree_map_with_path(
         lambda path, x: sharding.fit(sharding.spec_of(sharding.name_of(path), table), x.shape, mesh), params
     )
@@ -39,7 +39,7 @@ def described(params, table, mesh) -> dict[str, list]:
 
 @pytest.mark.parametrize("size", MODELS)
 def test_every_parameter_lies_where_it_lay(size):
-    """If this fails and the change is meant: the new table is what `described` returns."""
+    """If this fails and the change is intended, the new golden file is what `described` returns."""
     found = described(abstract(DiT, MODELS[size]()), COGVIDEOX.sharding_table, SLICE)
     assert found == json.loads((GOLDEN / f"sharding_{size}.json").read_text())
 

@@ -19,7 +19,7 @@ FIXTURES = Path(os.environ.get("MASK2DIT_FIXTURES", Path(__file__).parents[1] / 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One folder: `config.json`, and the arrays of `data.npz` as items."""
+    """A folder with `config.json` and the arrays of `data.npz`."""
 
     folder: Path
 
@@ -40,7 +40,7 @@ class Case:
 
 
 def cases(kind: str) -> list:
-    """Every case whose folder name starts with `kind`, as pytest parameters. Our own folder must hold at least one."""
+    """Return every case whose folder name starts with `kind`, as pytest parameters; our own fixtures must have one."""
     found = [Case(folder) for folder in sorted(FIXTURES.iterdir()) if folder.name.startswith(kind)]
     if not found and "MASK2DIT_FIXTURES" not in os.environ:
         raise FileNotFoundError(f"no case named {kind}* in {FIXTURES}")
@@ -48,7 +48,7 @@ def cases(kind: str) -> list:
 
 
 def load(module_factory, table, tensors: dict[str, np.ndarray]):
-    """A module filled with torch tensors through a shipping port table."""
+    """Fill a module with torch tensors through a port table of the package."""
     abstract = nnx.eval_shape(module_factory)
     graph, state = nnx.split(abstract)
     targets = port.flatten(state)
@@ -60,7 +60,7 @@ def load(module_factory, table, tensors: dict[str, np.ndarray]):
 
 
 def to_channels_last(x: np.ndarray) -> jax.Array:
-    """Latents of the reference's transformer, (b, f, c, h, w), as ours."""
+    """Return latents of the reference's transformer, (b, f, c, h, w), as (b, f, h, w, c)."""
     return jnp.asarray(x.transpose(0, 1, 3, 4, 2))
 
 

@@ -32,7 +32,7 @@ def case_layout(case, config: DiTConfig, hidden):
 
 
 def case_timesteps(arrays, num_scenes: int, clip_idx: int | None):
-    """(b, s): the conditional timestep everywhere but at clip_idx, if there is one."""
+    """Return timesteps, (b, s): the conditional one for every scene but clip_idx, if there is one."""
     timesteps = np.repeat(arrays["timestep"][:, None], num_scenes, axis=1)
     if clip_idx is not None:
         others = np.arange(num_scenes) != clip_idx
@@ -74,7 +74,7 @@ def test_equals_the_authors_model(case, attention):
 
 
 def load_with_attention(model, attention):
-    """The same parameters, run by another implementation of attention."""
+    """Run the same parameters with another implementation of attention."""
     config = dataclasses.replace(model.config, attention=attention)
     graph, _ = nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graph, nnx.state(model))

@@ -23,7 +23,7 @@ PIPELINE_TOLERANCE = 5e-4
 
 
 class Pipeline:
-    """All the components of one case, and its settings."""
+    """All components of one case, and its settings."""
 
     def __init__(self, case):
         raw, weights = case.config, {name: case.weights(path) for name, path in case.config["weights"].items()}
@@ -41,17 +41,17 @@ class Pipeline:
         self.layout = dit_config.layout((self.setting["latent_frames_per_scene"],) * n, *size)
 
     def prompt_embeds(self, name: str):
-        """(1 s t x); the one negative prompt serves every scene."""
+        """Return (1 s t x): the same negative prompt for every scene."""
         ids = jnp.asarray(self.arrays[f"{name}_ids"]).reshape(-1, self.layout.text_tokens)
         embeds = jax.jit(T5Encoder.__call__)(self.text_encoder, ids)
         return jnp.broadcast_to(embeds, (self.layout.num_scenes, *embeds.shape[1:]))[None]
 
     def text(self, name: str) -> np.ndarray:
-        """(s t x), as stories have it."""
+        """Return (s t x), as stories store it."""
         return np.asarray(self.prompt_embeds(name)[0])
 
     def run(self, noise, given=(), condition_noise=None):
-        """Samples a story of one window. Checks the latents of every step, and the decoded frames at the end.
+        """Sample a story of one window; check the latents of every step and the decoded frames at the end.
 
         Args:
             noise: that the scenes to generate start from, (1 f h w c).
@@ -95,7 +95,7 @@ class Pipeline:
 
 
 class GoldenNoise(WindowSampler):
-    """Noise from the fixtures in place of our own; everything else is the story's."""
+    """A sampler whose noise comes from the fixtures."""
 
     def conditions(self, latents, key):
         return self._schedule.add_noise(latents, self.condition_noise, jnp.zeros(latents.shape[:2], jnp.int32))

@@ -22,7 +22,7 @@ PIPELINE_CASES = pytest.mark.parametrize("case", cases("pipeline"))
 
 
 def channels_last(x) -> jax.Array:
-    """.. f c h w (torch) -> .. f h w c"""
+    """Return .. f c h w (torch) as .. f h w c."""
     return jnp.asarray(np.moveaxis(np.asarray(x), -3, -1))
 
 
@@ -35,12 +35,12 @@ def schedule_of(case: Case, **changes) -> NoiseSchedule:
 
 
 def numbered(arrays, pattern):
-    """Every array whose whole name matches, as (match, array)."""
+    """Return every array whose whole name matches, as (match, array)."""
     return [(match, array) for name, array in arrays.items() if (match := re.fullmatch(pattern, name))]
 
 
 def run_sampler(sampler: Sampler, x, velocities, noises=None):
-    """The whole trajectory in one `lax.scan`: latents after, and x0 predicted at, every step."""
+    """Run the whole trajectory in one `lax.scan`; return the latents after and the x0 predicted at every step."""
 
     def body(carry, given):
         state, x = carry
@@ -122,7 +122,7 @@ def test_guidance_scale_of_each_step(case):
 
 @PIPELINE_CASES
 def test_guided_ddim_steps_of_the_pipelines(case):
-    """From the recorded transformer outputs: guidance and sampler together. Extension denoises the last frames only."""
+    """Guidance and sampler together, from recorded transformer outputs. Extension denoises the last frames only."""
     arrays = case.arrays
     sampler = Sampler(SamplerConfig("ddim", case.config["case"]["steps"]), schedule_of(case))
     np.testing.assert_array_equal(sampler.timesteps, arrays["timesteps"])
@@ -141,7 +141,7 @@ def live_scheduler(kind, schedule):
 
 
 def live_trajectory(scheduler, x, velocities, monkeypatch):
-    """diffusers' own loop; the noises are those that entered its results (of two draws in a step, the last)."""
+    """Run diffusers' loop; return also the noises that entered its results (of two draws in a step, the last)."""
     draws, generator = [], torch.Generator().manual_seed(5)
 
     def recorded(shape, **_):
@@ -189,7 +189,7 @@ def test_live_diffusers_trajectories(kind, steps, snr_shift_scale, monkeypatch):
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
 @pytest.mark.parametrize("kind", ["ddim", "dpm"])
 def test_live_diffusers_other_schedules(kind, set_alpha_to_one, rescale, monkeypatch):
-    """Every key that is read makes a difference, and the same one as in diffusers."""
+    """Every key that is read makes the same difference as in diffusers."""
     config = ScheduleConfig(400, 0.001, 0.02, rescale, 2.0, set_alpha_to_one)
     rng = np.random.default_rng(0)
     x, *velocities = rng.standard_normal((9, 1, 3, 4, 2, 5), np.float32)
@@ -221,7 +221,7 @@ def test_live_diffusers_timesteps_for_every_step_count():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("snr_shift_scale", [1.0, 3.0])
 def test_live_diffusers_noise_with_a_timestep_a_frame(snr_shift_scale, dtype):
-    """diffusers has a timestep a sample; a frame of ours is a sample of theirs."""
+    """diffusers has one timestep for each sample, so a frame of ours is a sample of theirs."""
     schedule = NoiseSchedule(ScheduleConfig(rescale_betas_zero_snr=True, snr_shift_scale=snr_shift_scale))
     scheduler = live_scheduler("dpm", schedule)
     rng = np.random.default_rng(1)

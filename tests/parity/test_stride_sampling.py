@@ -25,7 +25,7 @@ def test_sft(case):
 
 @pytest.mark.parametrize("case", cases("sft_stride_sampling"))
 def test_pretrain(case):
-    """The authors' filter wants 49 frames whatever is asked for, ours as many as are asked for."""
+    """The authors' filter wants 49 frames in any case; ours wants the requested number."""
     for row in case.config["pretrain"]["rows"]:
         sampling = PretrainSampling(row["n_frames"], row["stride"], row["drop_start"], row["drop_end"])
         assert (sampling.fitting_frames(row["num_frames"]) >= 49) == row["kept_by_dataset_filter"], row

@@ -25,7 +25,7 @@ def case_encoder(case, **dtypes) -> T5Encoder:
 
 
 def block_outputs(encoder: T5Encoder, input_ids):
-    """The text after each block, one block at a time instead of by the scan."""
+    """Return the text after each block, run one at a time instead of in a scan."""
     graph, stacked = nnx.split(encoder.blocks)
     x, bias = encoder.token_embedding(input_ids), encoder.position_bias(input_ids.shape[1])
     for layer in range(encoder.config.num_layers):

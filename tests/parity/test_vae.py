@@ -31,12 +31,12 @@ decode = nnx.jit(lambda vae, latents, chunking: vae.decode(latents, chunking), s
 
 
 def to_channels_last(x) -> jax.Array:
-    """(b, c, f, h, w), the reference's layout of pixels and of latents, as ours."""
+    """Return (b, c, f, h, w), the reference's layout of pixels and latents, as (b, f, h, w, c)."""
     return jnp.asarray(np.asarray(x).transpose(0, 2, 3, 4, 1))
 
 
 def arrays_like(pattern: str) -> list:
-    """(case, m.group(1)) for every array of every case that matches."""
+    """Return (case, m.group(1)) for every array of every case that matches."""
     return [
         pytest.param(case, match.group(1), id=f"{case}-{match.group(0)}")
         for (case,) in (parameter.values for parameter in cases("vae"))
@@ -83,7 +83,7 @@ def relative(actual, expected) -> float:
 
 
 def random_reference(**overrides) -> AutoencoderKLCogVideoX:
-    """A diffusers VAE in which every parameter is random, norms and biases too."""
+    """Make a diffusers VAE in which every parameter is random, norms and biases included."""
     torch.manual_seed(0)
     config = {
         "block_out_channels": (8, 16, 16, 24),

@@ -34,7 +34,7 @@ def assert_same(a, b):
 
 
 def save_run(folder):
-    """Saves steps 1, 2 and 3, of which two are kept."""
+    """Save steps 1, 2 and 3, of which two are kept."""
     with checkpoint.open_manager(folder, keep=2) as manager:
         for step in (1, 2, 3):
             checkpoint.save(manager, make_state(step), RECORD)

@@ -1,4 +1,4 @@
-"""What a run saves comes back bit for bit, and faults are named."""
+"""A run restores what it saved bit for bit, and damage is named."""
 
 import re
 import shutil
@@ -153,7 +153,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
 
 
 def test_an_average_that_was_not_saved_begins_as_the_parameters(tmp_path):
-    """And one that was saved comes back, and is read alone."""
+    """An average that was saved is restored, and can be read alone."""
     state = make_state(1)
     averaged = state._replace(ema=jax.tree.map(lambda x: x + 1, state.params))
     with checkpoint.open_manager(tmp_path, keep=2, asynchronous=False) as manager:
@@ -168,7 +168,7 @@ def test_an_average_that_was_not_saved_begins_as_the_parameters(tmp_path):
 
 
 def test_an_optimiser_of_other_parameters(tmp_path):
-    """A setting that changed is no damage: the checkpoint stays where it is, also where the shapes are the same."""
+    """A changed setting is no damage: the checkpoint stays where it is, even if the shapes agree."""
     everything, queries, keys = (
         init_state(make_state().params, make_optimizer(OptimizerConfig()), UpdateConfig(trainable=trainable))
         for trainable in ((), (r".*attn\.query.*",), (r".*attn\.key.*",))

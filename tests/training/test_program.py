@@ -1,4 +1,4 @@
-"""A step on a mesh is the step on one device: the same loss, the same gradient, the same updated parameters."""
+"""A step on a mesh equals the step on one device: the same loss, gradient and updated parameters."""
 
 import functools
 
@@ -41,13 +41,13 @@ def random_batch(program: TrainProgram) -> dict[str, np.ndarray]:
 
 @functools.cache
 def run(*sizes: int):
-    """Two steps on a mesh: the losses, and the state after them."""
+    """Take two steps on a mesh; return the losses and the state after them."""
     program = make_program(*sizes)
     losses, rows = [], local_rows(program.abstract_batch)
     batch = global_batch({k: v[rows] for k, v in random_batch(program).items()}, program.abstract_batch, rows)
     with jax.set_mesh(program.mesh):
         params = program.random_params()
-        # From scratch every block is the identity, and attention would not matter.
+        # Parameters from scratch make every block the identity, and attention would not matter.
         params = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), params)
         state = program.start(jax.device_put(params, jax.tree.map(lambda x: x.sharding, program.abstract_params)))
         for _ in range(2):

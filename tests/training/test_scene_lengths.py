@@ -1,4 +1,4 @@
-"""A shorter scene is the beginning of a stored one, exactly, and which lengths a step has is the same for everybody."""
+"""A shorter scene is exactly the beginning of a stored one, and every process draws the same lengths for a step."""
 
 import collections
 

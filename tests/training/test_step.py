@@ -1,4 +1,4 @@
-"""The training step: it learns, it tells its two kinds of samples apart, and stages differ by values only."""
+"""The training step learns, treats its two kinds of samples apart, and differs between stages by values only."""
 
 import functools
 
@@ -20,7 +20,7 @@ OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0, c
 
 
 def batch(size=4):
-    """Plain grey videos: what is to be learnt of them is little."""
+    """Plain grey videos, which are easy to learn."""
     mean = jnp.ones((size, 4, 4, 6, 4))
     text = jax.random.normal(jax.random.key(3), (size, 3, 5, 8))
     return {"mean": mean, "logvar": jnp.full_like(mean, -20.0), "text": text}
@@ -63,7 +63,7 @@ def test_metrics_tell_the_kinds_of_samples_apart(probability, kinds):
 
 
 def test_a_sample_is_decided_for_on_its_own():
-    """A batch can hold both kinds, and over many steps the share of each is as asked for."""
+    """A batch can hold both kinds, and over many steps each has the requested share."""
     _, history = run(0.5, 40)
     assert all(metrics["num_fixed"] + metrics["num_extension"] == 4 for metrics in history)
     assert any(0 < metrics["num_fixed"] < 4 for metrics in history)
@@ -91,7 +91,7 @@ def random_params(params):
 
 
 def test_a_condition_is_seen_clean_and_is_not_learnt():
-    """What the known scenes hold matters to the loss; the noise drawn for them does not, nor how badly they are met."""
+    """The content of known scenes matters to the loss; the noise drawn for them and their own error do not."""
     graph, params = new_model()
     model = nnx.merge(graph, random_params(params))
     objective = Objective(SCHEDULE, LAYOUT, 1.0)

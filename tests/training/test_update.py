@@ -1,4 +1,4 @@
-"""How a batch becomes new parameters: in parts, averaged, for some parameters only, or not at all."""
+"""How a batch updates the parameters: in parts, with an average, for some parameters only, or not at all."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ PLAIN = UpdateConfig()
 
 @functools.cache
 def program(update=PLAIN, sizes=ALONE, model=MODEL, **fields) -> TrainProgram:
-    """Steps are large and not clipped, so that a wrong gradient shows in the parameters."""
+    """Make a program whose steps are large and not clipped, so that a wrong gradient shows in the parameters."""
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: np.prod(sizes)])
     objective = Objective(NoiseSchedule(ScheduleConfig.cogvideox_5b()), model.layout((1, 2), 4, 4), 1.0, 0.5)
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-3, clip_norm=1e9)
@@ -41,7 +41,7 @@ def program(update=PLAIN, sizes=ALONE, model=MODEL, **fields) -> TrainProgram:
 
 
 def random_params(abstract: nnx.State) -> nnx.State:
-    """Nothing is zero, so that every gradient matters; a parameter's numbers depend on its name alone."""
+    """Make parameters of which none is zero, so that every gradient matters, and which depend on their names alone."""
 
     def draw(path, leaf):
         rng = np.random.default_rng(list(sharding.name_of(path).encode()))
@@ -51,7 +51,7 @@ def random_params(abstract: nnx.State) -> nnx.State:
 
 
 def run(program: TrainProgram, num_steps=2, spoil=()):
-    """The state and the metrics of each step; the batches of the steps in `spoil` hold a NaN."""
+    """Return the state and the metrics of each step; the batches of the steps in `spoil` hold a NaN."""
     history, batch = [], random_batch(program)
     with jax.set_mesh(program.mesh):
         state = program.start(random_params(program.abstract_params))
@@ -126,7 +126,7 @@ def test_weights_are_read_in_the_type_that_each_is_kept_in(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "told"), [(r"attn", "matches no parameter; they are called like"), ("(", "is no regular expression")]
+    ("pattern", "told"), [(r"attn", "matches no parameter; their paths look like"), ("(", "is no regular expression")]
 )
 def test_a_pattern_that_is_wrong(pattern, told):
     with pytest.raises(UserError, match=told):
