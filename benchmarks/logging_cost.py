@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is no part of the 
 from configs import sft
 from mask2dit_jax import config as run_config
 from mask2dit_jax.parallel.mesh import make_mesh
-from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.training.events import EventFile
 from mask2dit_jax.training.metrics import MetricsLog
 from mask2dit_jax.training.optimizer import learning_rate
@@ -32,11 +32,11 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each way.")
 
 def main(_):
     config = sft.get_config("tiny")
-    pretrained = run_config.resolve_pretrained(config)
-    vae, text = run_config.encoder_configs(pretrained)
+    pretrained = Pretrained.open(config.pretrained)
+    vae, text = pretrained.vae.config, pretrained.text_encoder.config
     mesh = make_mesh({}, jax.devices()[:1], config.global_batch_size)
     model = run_config.model_from_scratch(config, vae, text)
-    program = run_config.train_program(config, mesh, model, vae, port.load_schedule(pretrained))
+    program = run_config.train_program(config, mesh, model, vae, pretrained.schedule)
     rng = np.random.default_rng(0)
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         state = program.start(program.random_params())

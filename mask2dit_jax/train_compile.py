@@ -33,8 +33,8 @@ from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.abstract import abstract_module
 from mask2dit_jax.parallel.chips import Topology, parse_topology, prepare_compiler
 from mask2dit_jax.parallel.mesh import CONTEXT, DATA, FSDP, TENSOR, check_tokens, local_mesh, make_mesh
-from mask2dit_jax.pretrained import directory as port
 from mask2dit_jax.pretrained.encoders import text_encode, video_decode, video_encode
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
 from mask2dit_jax.sampling.window import WindowSampler
 from mask2dit_jax.tpu.report import CompileReport, ModelFlops, compile_and_analyse, format_table, splash_kernel_flops
@@ -91,9 +91,9 @@ class Sizes:
     @classmethod
     def of(cls, config: ConfigDict) -> "Sizes":
         if config.pretrained:
-            pretrained = run_config.resolve_pretrained(config)
-            vae, text_encoder = run_config.encoder_configs(pretrained)
-            schedule = port.load_schedule(pretrained)
+            pretrained = Pretrained.open(config.pretrained)
+            vae, text_encoder = pretrained.vae.config, pretrained.text_encoder.config
+            schedule = pretrained.schedule
         else:
             is_2b = config.preset == "2b"
             vae = VAEConfig.cogvideox_2b() if is_2b else VAEConfig.cogvideox_5b()

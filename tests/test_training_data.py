@@ -14,6 +14,7 @@ from mask2dit_jax import config as run_config
 from mask2dit_jax.curate.encode import Encoders
 from mask2dit_jax.data.sources import Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.training_data import open_training_data
 from tests.data.clips import make_clip
 
@@ -29,11 +30,12 @@ def configure(stage, path, **data):
 
 
 def model_of(config):
-    return run_config.model_from_scratch(config, *run_config.encoder_configs(config.pretrained))
+    pretrained = Pretrained.open(config.pretrained)
+    return run_config.model_from_scratch(config, pretrained.vae.config, pretrained.text_encoder.config)
 
 
 def open_data(config):
-    return open_training_data(config, config.pretrained, model_of(config))
+    return open_training_data(config, Pretrained.open(config.pretrained), model_of(config))
 
 
 def take(data, count=6, start=0, rows=range(4), seed=3):
