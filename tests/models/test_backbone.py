@@ -44,6 +44,7 @@ class MixerConfig:
     text_tokens: int = 5
     num_heads: int = 1
     head_dim: int = 16
+    sample_frames: int = 5
     mask: str = "v2"
     attention: str = "auto"
     remat: str = "none"
