@@ -19,9 +19,10 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is no part of the package
 
 from configs import sft
-from mask2dit_jax import config as run_config
 from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained import named
+from mask2dit_jax.training import setup
 from mask2dit_jax.training.events import EventFile
 from mask2dit_jax.training.metrics import MetricsLog
 from mask2dit_jax.training.optimizer import learning_rate
@@ -32,11 +33,11 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each way.")
 
 def main(_):
     config = sft.get_config("tiny")
-    pretrained = run_config.resolve_pretrained(config)
-    vae, text = run_config.encoder_configs(pretrained)
+    pretrained = named.resolve_pretrained(config)
+    vae, text = named.encoder_configs(pretrained)
     mesh = make_mesh({}, jax.devices()[:1], config.global_batch_size)
-    model = run_config.model_from_scratch(config, vae, text)
-    program = run_config.train_program(config, mesh, model, vae, port.load_schedule(pretrained))
+    model = setup.model_from_scratch(config, vae, text)
+    program = setup.train_program(config, mesh, model, vae, port.load_schedule(pretrained))
     rng = np.random.default_rng(0)
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         state = program.start(program.random_params())

@@ -22,10 +22,10 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from mask2dit_jax import config as run_config
 from mask2dit_jax import training_data
+from mask2dit_jax.config import TrainConfig, read_config
 from mask2dit_jax.curate.build_records import SceneLatents
 from mask2dit_jax.curate.check import check_clips
 from mask2dit_jax.curate.demo import DEMO_CAPTIONS, demo_videos
@@ -35,7 +35,9 @@ from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.models.dit import DiTConfig
 from mask2dit_jax.parallel import distributed
+from mask2dit_jax.pretrained import named
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
+from mask2dit_jax.training import setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Of the training: configs/sft.py:tiny.", lock_config=True)
 _VIDEOS = flags.DEFINE_list("videos", None, "Video files; by default those of the demo.")
@@ -59,8 +61,7 @@ def main(argv):
         return
     if _CONFIG.value is None:
         raise UserError("--config must be given with --check and --encode: the clips it trains on are looked for")
-    config = _CONFIG.value
-    run_config.check_values(config, "train", "num_steps")
+    config = read_config(_CONFIG.value, TrainConfig, "build_data")
     if _CHECK.value:
         check(config, _CHECK.value)
     else:
@@ -78,7 +79,7 @@ def cut_videos() -> None:
     print(f"{len(clips)} shots in {_OUTPUT.value}/pretrain.csv, {len(groups)} groups in {_OUTPUT.value}/sft.json")
 
 
-def check(config: ConfigDict, data_file: str) -> None:
+def check(config: TrainConfig, data_file: str) -> None:
     """Prints every clip that cannot be used; raises UserError if there are any, or too few are left."""
     scan = training_data.scan_data_file(config.data.kind, data_file)
     checked = check_clips(scan, training_data.frame_sampling(config), config.num_scenes)
@@ -96,11 +97,11 @@ def check(config: ConfigDict, data_file: str) -> None:
         raise UserError(f"{data_file} has too few clips for num_scenes={config.num_scenes}; add some or lower it")
 
 
-def encode(config: ConfigDict, data_file: str, output: str) -> None:
+def encode(config: TrainConfig, data_file: str, output: str) -> None:
     """Writes the latent data set; with several processes, each its share."""
     distributed.initialize()
-    pretrained = run_config.resolve_pretrained(config)
-    vae, text_encoder = run_config.encoder_configs(pretrained)
+    pretrained = named.resolve_pretrained(config)
+    vae, text_encoder = named.encoder_configs(pretrained)
     model = _model(config, pretrained, vae, text_encoder)
     scan = training_data.scan_data_file(config.data.kind, data_file)
     skipped = Skipped(scan.num_clips, config.data.max_skipped_share)
@@ -127,10 +128,10 @@ def encode(config: ConfigDict, data_file: str, output: str) -> None:
         print(f"{len(index.clips)} of {scan.num_clips} clips encoded in {output}, {len(index.skipped)} skipped")
 
 
-def _model(config: ConfigDict, pretrained, vae, text_encoder) -> DiTConfig:
+def _model(config: TrainConfig, pretrained, vae, text_encoder) -> DiTConfig:
     """The sizes of the transformer that will train on it."""
     source = TransformerSource.find(pretrained)
-    return source.config() if source else run_config.model_from_scratch(config, vae, text_encoder)
+    return source.config() if source else setup.model_from_scratch(config, vae, text_encoder)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,19 @@ from where the run had them. What is not there is named, and left out. All of it
 """
 
 import jax
+import jax.numpy as jnp
 from absl import flags, logging
 from etils import epath
 
-from mask2dit_jax import config as run_config
+from mask2dit_jax.config import PRECISIONS
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained import named, stored_checkpoint
 from mask2dit_jax.pretrained.transformer_source import WEIGHTS, TransformerSource
-from mask2dit_jax.training import checkpoint
 
 _FROM = flags.DEFINE_string("from", None, "A diffusers directory, a workdir or a checkpoint.", required=True)
 _TO = flags.DEFINE_string("to", None, "A new folder; a workdir if --from is a diffusers directory, else the other way.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, list(run_config.DTYPES), "Type of the written parameters; default: as stored."
-)
+_DTYPE = flags.DEFINE_enum("dtype", None, list(PRECISIONS), "Type of the written parameters; default: as stored.")
 _WEIGHTS = flags.DEFINE_enum(
     "weights", "auto", WEIGHTS, "Of a checkpoint: the moving average, if there is one, or not."
 )
@@ -36,9 +35,9 @@ def main(argv):
         raise UserError(f"what is {argv[1]}? name the folders with --from=DIR --to=DIR")
     jax.config.update("jax_platforms", "cpu")
     source, target = epath.Path(_FROM.value), epath.Path(_TO.value)
-    dtype = _DTYPE.value and run_config.resolve_dtype(_DTYPE.value)
+    dtype = _DTYPE.value and jnp.dtype(_DTYPE.value)
     _check(source, target)
-    if checkpoint.has_checkpoint(source):
+    if stored_checkpoint.has_checkpoint(source):
         written = _to_diffusers(source, target, dtype)
     else:
         written = _to_workdir(source, target, dtype)
@@ -66,7 +65,7 @@ def _to_workdir(source: epath.Path, target: epath.Path, dtype) -> list[str]:
     for name, config in configs.items():
         params = port.load_component(source, name, config, dtype=dtype)
         if name == "transformer":
-            checkpoint.save_params(target, params, {"model": config.to_json(), "pretrained": str(target)})
+            stored_checkpoint.save_params(target, params, {"model": config.to_json(), "pretrained": str(target)})
         else:
             origin = port.origin(source / name) + (f"-{_DTYPE.value}" if _DTYPE.value else "")
             port.save_component(target, name, config, params, origin)
@@ -99,8 +98,8 @@ def _frozen_directory(source: epath.Path, transformer: TransformerSource) -> epa
     """Where the VAE and the text encoder are: beside a ported checkpoint, or where the run's config says."""
     if any(port.has_weights(source, name) for name in FROZEN):
         return source
-    recorded = checkpoint.read_record(transformer.folder)["pretrained"]
-    directory = epath.Path(run_config.pretrained_directory(recorded))
+    recorded = stored_checkpoint.read_record(transformer.folder)["pretrained"]
+    directory = epath.Path(named.pretrained_directory(recorded))
     return directory if directory.exists() else None
 
 

@@ -12,6 +12,7 @@ run started again goes on where it stopped, scene by scene; what is done is not 
 stories out among themselves, each on the mesh of its own devices.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from mask2dit_jax import config as run_config
+from mask2dit_jax.config import SampleConfig, read_config
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.io import user_cache
 from mask2dit_jax.parallel import distributed
@@ -41,9 +42,8 @@ from mask2dit_jax.story.windows import Window
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sample.py:tiny.", lock_config=True)
 _STORY = flags.DEFINE_list("story", [], "Story files, instead of --config.prompts; see mask2dit_jax/story/file.py.")
 _REPEAT = flags.DEFINE_string("repeat", None, "A run.json: its config and story again, instead of --config.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the results.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the results; default: runs/NAME, such as runs/sample.")
 _PLAN = flags.DEFINE_bool("plan", False, "Say what would be done, and stop.")
-flags.mark_flag_as_required("output")
 flags.register_multi_flags_validator(
     ["config", "repeat"],
     lambda values: values["config"] is not None or values["repeat"] is not None,
@@ -66,7 +66,7 @@ def main(argv):
     models = SamplingModels(config)
     _warn_of_other_weights(_REPEAT.value, models)
     folders = [
-        _folder(config, models, plan, seed, epath.Path(_OUTPUT.value) / name)
+        _folder(config, models, plan, seed, epath.Path(_OUTPUT.value or f"runs/{config.name}") / name)
         for plan in [_plan(config, models, story) for story in stories]
         for seed, name in _seeds(config, plan.story, len(stories))
     ]
@@ -137,13 +137,13 @@ def _progress(window: Window):
     return lambda steps: tqdm(steps, desc=f"scene {scenes}", unit="step")
 
 
-def _asked(config: ConfigDict) -> tuple[ConfigDict, list[Story]]:
+def _asked(config: ConfigDict) -> tuple[SampleConfig, list[Story]]:
     """Stories of files, or the one of the config's prompts."""
-    run_config.check_values(config, "sample", "prompts")
-    prompts, given = _strings(config, "prompts"), _strings(config, "given")
+    config = read_config(config, SampleConfig, "sample")
+    config.require("pretrained", *(() if _STORY.value else ("prompts",)))
     if not _STORY.value:
-        return config, [Story.from_prompts(prompts, config.negative_prompt, given)]
-    if given:
+        return config, [Story.from_prompts(config.prompts, config.negative_prompt, config.given)]
+    if config.given:
         raise UserError("--config.given does not go with --story; say `given:` in the story file")
     stories = [read_story(path, config.negative_prompt) for path in _STORY.value]
     names = [story.name for story in stories]
@@ -153,13 +153,11 @@ def _asked(config: ConfigDict) -> tuple[ConfigDict, list[Story]]:
     return config, stories
 
 
-def _repeated(path: str) -> tuple[ConfigDict, list[Story]]:
+def _repeated(path: str) -> tuple[SampleConfig, list[Story]]:
     """The config and the story of a run that is to be made again."""
     run = read_json(epath.Path(path))
     try:
-        config = ConfigDict(run["config"]).lock()
-        config.update(seed=run["seed"], seeds=())
-        run_config.check_values(config, "sample", "prompts")
+        config = read_config(run["config"] | {"seed": run["seed"], "seeds": ()}, SampleConfig, "sample")
         return config, [Story.from_json(run["story"])]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: this run.json lacks {error}; give one that sample wrote") from error
@@ -171,22 +169,14 @@ def _warn_of_other_weights(path: str | None, models: SamplingModels) -> None:
             logging.warning("%s was made with other weights (%s): the story will be another one", path, name)
 
 
-def _strings(config: ConfigDict, name: str) -> tuple[str, ...]:
-    """A field that holds texts; what looks like a number on the command line comes as one."""
-    for value in config[name]:
-        if not isinstance(value, str):
-            raise UserError(f"{name} holds {value!r}, which is no text; quote each: --config.{name}=\"('one', 'two')\"")
-    return tuple(config[name])
-
-
-def _seeds(config: ConfigDict, story: Story, num_stories: int) -> list[tuple[int, str]]:
+def _seeds(config: SampleConfig, story: Story, num_stories: int) -> list[tuple[int, str]]:
     """Seeds of a story, each with the folder under --output that its result has: none for a single one."""
     seeds = config.seeds or (config.seed,)
     parent = story.name if num_stories > 1 else ""
     return [(seed, str(Path(parent, f"seed_{seed}" if len(seeds) > 1 else ""))) for seed in seeds]
 
 
-def _plan(config: ConfigDict, models: SamplingModels, story: Story) -> StoryPlan:
+def _plan(config: SampleConfig, models: SamplingModels, story: Story) -> StoryPlan:
     """Raises UserError for what cannot work: afterwards, weights and hours are all that a story needs."""
     story.check_length(config.max_scenes)
     plan = StoryPlan.make(
@@ -206,7 +196,9 @@ def _plan(config: ConfigDict, models: SamplingModels, story: Story) -> StoryPlan
     return plan
 
 
-def _folder(config: ConfigDict, models: SamplingModels, plan: StoryPlan, seed: int, folder: epath.Path) -> StoryFolder:
+def _folder(
+    config: SampleConfig, models: SamplingModels, plan: StoryPlan, seed: int, folder: epath.Path
+) -> StoryFolder:
     size = config.height, config.width
     largest = max(plan.layouts, key=lambda layout: layout.num_tokens)
     memory = models.memory(largest, sum(plan.latent_frames)).lines(models.mesh.size)
@@ -215,12 +207,12 @@ def _folder(config: ConfigDict, models: SamplingModels, plan: StoryPlan, seed: i
         **common,
         "weights": {name: weights[name] for name in ("transformer", "text_encoder", "scheduler")},
         "latents": [*models.latent_shape, models.vae.temporal_compression_ratio],
-        **{name: config[name] for name in ("mask", "condition", "guidance", "guidance_scale")},
-        "sampler": config.sampler.to_dict(),
+        **{name: getattr(config, name) for name in ("mask", "condition", "guidance", "guidance_scale")},
+        "sampler": dataclasses.asdict(config.sampler),
     }
     given = {**common, "vae": weights["vae"], "size": size}
     scenes = StoryLatents(folder / "latents", fingerprints(plan, settings, given))
-    run = {"config": config.to_dict(), "seed": seed, "weights": weights}
+    run = {"config": dataclasses.asdict(config), "seed": seed, "weights": weights}
     text = plan.table(*size, models.sampling.sampler.num_steps, memory)
     display = f"VAE {weights['vae']}, {config.decode_chunking}, {config.fps} frames a second"
     return StoryFolder(folder, plan, text, size, scenes, display, run)

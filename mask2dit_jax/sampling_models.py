@@ -5,24 +5,27 @@ import hashlib
 from collections.abc import Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from mask2dit_jax import config as run_config
+from mask2dit_jax.config import SampleConfig
 from mask2dit_jax.diffusion.samplers import Sampler
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.io import user_cache
 from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.models import sizes as scene_sizes
 from mask2dit_jax.models.dit import DiT
 from mask2dit_jax.ops.positions import check_table
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.abstract import abstract_module
 from mask2dit_jax.parallel.mesh import check_tokens
 from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained import named
 from mask2dit_jax.pretrained.encoders import TextEncoder, VideoCodec
 from mask2dit_jax.pretrained.tokenizer import Cut, cut_prompts, load_tokenizer
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
+from mask2dit_jax.sampling import setup_sampling
 from mask2dit_jax.sampling.memory import SamplingMemory
 from mask2dit_jax.sampling.window import WindowSampler
 
@@ -34,24 +37,24 @@ class SamplingModels:
         UserError: a folder of the config lacks a part, or the parts do not fit together.
     """
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: SampleConfig):
         """Reads config.json files and nothing else."""
         self._config = config
-        self._pretrained = run_config.resolve_pretrained(config)
-        self.vae, self._text_encoder = run_config.encoder_configs(self._pretrained)
+        self._pretrained = named.resolve_pretrained(config)
+        self.vae, self._text_encoder = named.encoder_configs(self._pretrained)
         self._source = TransformerSource.require(config.checkpoint or self._pretrained, config.weights)
-        self.model = run_config.with_run_settings(self._source.config(), config)
-        run_config.check_encoders(self.model, self._pretrained)
-        run_config.check_sizes(config, self.vae, self.model.patch_size)
-        self.sampling = run_config.sampling_config(config)
-        self._dtype = run_config.resolve_dtype(config.compute_dtype)
+        self.model = scene_sizes.with_run_settings(self._source.config(), config)
+        named.check_encoders(self.model, self._pretrained)
+        scene_sizes.check_sizes(config, self.vae, self.model.patch_size)
+        self.sampling = setup_sampling.sampling_config(config)
+        self._dtype = jnp.dtype(config.compute_dtype)
         self._schedule = NoiseSchedule(port.load_schedule(self._pretrained))
         Sampler(self.sampling.sampler, self._schedule)  # refuses what does not go together
         for name in ("vae", "text_encoder"):
             port.require_weights(self._pretrained, name, "copy them there, or give another --config.pretrained")
         sides = config.height, config.width
         self._latent_size = tuple(side // self.vae.spatial_compression_ratio for side in sides)
-        self.mesh = run_config.sampling_mesh(config, self.model, self.vae, jax.local_devices())
+        self.mesh = setup_sampling.sampling_mesh(config, self.model, self.vae, jax.local_devices())
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

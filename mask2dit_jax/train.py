@@ -1,12 +1,14 @@
 """Trains the multi-scene transformer: pretraining, SFT and their ablations, chosen by the config.
 
+    python -m mask2dit_jax.train --config=configs/sft.py --config.pretrained=CogVideoX-5b --config.data.path=sft.json
     python -m mask2dit_jax.train --config=configs/sft.py:tiny --workdir=workdir/sft
 
-A run started again in the same workdir goes on from its newest checkpoint. SIGTERM makes it save, and end with code
-143. docs/training.md says what is logged.
+A run started again in the same workdir resumes from its newest checkpoint. On SIGTERM it saves and exits with code 143.
+docs/training.md describes what it logs.
 """
 
 import collections
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
@@ -14,18 +16,19 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from tqdm import tqdm
 
-from mask2dit_jax import config as run_config
+from mask2dit_jax.config import TrainConfig, changes, read_config
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.io import user_cache
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained import named, stored_checkpoint
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
 from mask2dit_jax.sampling.preview import Preview
-from mask2dit_jax.training import checkpoint, resume, scene_lengths, validation
+from mask2dit_jax.training import checkpoint, resume, scene_lengths, setup, validation
 from mask2dit_jax.training.events import EventFile, open_event_file
 from mask2dit_jax.training.metrics import MetricsLog
 from mask2dit_jax.training.optimizer import learning_rate
@@ -36,8 +39,10 @@ from mask2dit_jax.training.stopping import EXIT_CODE, StopRequest
 from mask2dit_jax.training_data import TrainingData, open_training_data
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:tiny.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints and TensorBoard logs.")
-flags.mark_flags_as_required(["config", "workdir"])
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run, for checkpoints and TensorBoard logs; default: runs/NAME, such as runs/sft."
+)
+flags.mark_flag_as_required("config")
 
 _STEPS_AHEAD = 1  # of the devices: enough that they never wait, few enough that SIGTERM need not wait for long
 
@@ -47,22 +52,23 @@ def main(argv):
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
     distributed.initialize(sigterm_is_asked_for=True)
     user_cache.keep_compiled_programs()
-    config, workdir = _CONFIG.value, _WORKDIR.value
-    run_config.check_values(config, "train", "num_steps")
-    logging.info("config:\n%s", config)
-    mesh = make_mesh(config.mesh.to_dict(), batch_size=run_config.samples_at_once(config))
+    config = read_config(_CONFIG.value, TrainConfig, "train")
+    config.require("pretrained", "data.path")
+    workdir = _WORKDIR.value or f"runs/{config.name}"
+    logging.info("config:\n%s", _CONFIG.value)
+    mesh = make_mesh(dataclasses.asdict(config.mesh), batch_size=config.samples_at_once)
 
     keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
     with checkpoint.open_manager(workdir, **keep) as manager:
-        pretrained = run_config.resolve_pretrained(config)
+        pretrained = named.resolve_pretrained(config)
         start, source = _find_start(config, pretrained, manager)
-        vae_config, text_config = run_config.encoder_configs(pretrained)
+        vae_config, text_config = named.encoder_configs(pretrained)
         if config.sample_every:
             port.require_weights(pretrained, "vae", "storyboards need it; set sample_every=0")
-        wanted = run_config.model_from_scratch(config, vae_config, text_config)
-        stored = run_config.stored_model(source, wanted, config) if source else wanted
-        run_config.check_encoders(stored, pretrained)
-        programs = run_config.train_programs(config, mesh, stored, vae_config, port.load_schedule(pretrained))
+        wanted = setup.model_from_scratch(config, vae_config, text_config)
+        stored = setup.stored_model(source, wanted, config) if source else wanted
+        named.check_encoders(stored, pretrained)
+        programs = setup.train_programs(config, mesh, stored, vae_config, port.load_schedule(pretrained))
         data = open_training_data(config, pretrained, programs[0].model)
         with jax.set_mesh(mesh):
             state = _start_state(programs[0], start, source, manager)
@@ -77,7 +83,7 @@ def main(argv):
 
 
 def _run(
-    config: ConfigDict,
+    config: TrainConfig,
     state: TrainState,
     batches: Iterator[tuple[TrainProgram, Batch]],
     watch: "Watch",
@@ -86,7 +92,7 @@ def _run(
 ) -> int:
     """Steps until the config's last one, or until asked to stop; a checkpoint now and then, and at the end."""
     first_step, total = int(state.step), config.num_steps
-    log, record = watch.log, run_config.run_record(config, watch.program.model)
+    log, record = watch.log, setup.run_record(config, watch.program.model)
     under_way = collections.deque()
     with tqdm(total=total, initial=first_step, desc="training", unit="step", disable=not watch.is_first) as progress:
         for step in range(first_step + 1, total + 1):
@@ -116,7 +122,7 @@ class Watch:
     """What is looked at while a run goes, and where it is written."""
 
     def __init__(
-        self, config: ConfigDict, programs, pretrained, workdir, data: TrainingData, rows, events: EventFile | None
+        self, config: TrainConfig, programs, pretrained, workdir, data: TrainingData, rows, events: EventFile | None
     ):
         self.program = programs[0]
         self.is_first = jax.process_index() == 0
@@ -156,12 +162,12 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _batches(config: ConfigDict, data: TrainingData, start_step: int, rows) -> Iterator[dict[str, np.ndarray]]:
+def _batches(config: TrainConfig, data: TrainingData, start_step: int, rows) -> Iterator[dict[str, np.ndarray]]:
     return data.batches(start_step, rows, config.global_batch_size, config.seed)
 
 
 def _placed(
-    config: ConfigDict, programs: tuple[TrainProgram, ...], data: TrainingData, start_step: int, rows
+    config: TrainConfig, programs: tuple[TrainProgram, ...], data: TrainingData, start_step: int, rows
 ) -> Iterator[tuple[TrainProgram, Batch]]:
     """Each step's batch on its devices, and the program for the lengths that its scenes have."""
     by_layout = {program.objective.layout: program for program in programs}
@@ -171,12 +177,13 @@ def _placed(
         yield program, global_batch(batch, program.abstract_batch, rows)
 
 
-def _find_start(config: ConfigDict, pretrained, manager) -> tuple[str, TransformerSource | None]:
+def _find_start(config: TrainConfig, pretrained, manager) -> tuple[str, TransformerSource | None]:
     """What the run starts from, in this order: resume, init_from, the pretrained directory, random numbers."""
     if (step := resume.set_aside_unreadable(manager)) is not None:
         logging.info("start: resuming step %d of %s", step, manager.directory)
         source = TransformerSource.require(manager.directory)
-        run_config.log_changes(checkpoint.read_record(source.folder).get("config", {}), config)
+        if changed := changes(stored_checkpoint.read_record(source.folder).get("config", {}), config):
+            logging.warning("resumed with other settings: %s", "; ".join(changed))
         return "resume", source
     if config.init_from:
         source = TransformerSource.require(config.init_from)

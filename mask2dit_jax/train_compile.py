@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 from absl import flags, logging
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from mask2dit_jax import config as run_config
+from mask2dit_jax.config import RunConfig, SampleConfig, TrainConfig, read_config
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.io.atomic import atomic_output
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import codec, flops
+from mask2dit_jax.models import sizes as scene_sizes
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
 from mask2dit_jax.models.vae import VAEConfig
@@ -34,10 +35,13 @@ from mask2dit_jax.parallel.abstract import abstract_module
 from mask2dit_jax.parallel.chips import Topology, parse_topology, prepare_compiler
 from mask2dit_jax.parallel.mesh import CONTEXT, DATA, FSDP, TENSOR, check_tokens, local_mesh, make_mesh
 from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained import named
 from mask2dit_jax.pretrained.encoders import text_encode, video_decode, video_encode
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
+from mask2dit_jax.sampling import setup_sampling
 from mask2dit_jax.sampling.window import WindowSampler
 from mask2dit_jax.tpu.report import CompileReport, ModelFlops, compile_and_analyse, format_table, splash_kernel_flops
+from mask2dit_jax.training import setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:5b.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chips to compile for: v5p:4x4x4, v5e:8x8, or by product, v5p-128.")
@@ -51,20 +55,19 @@ def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
     prepare_compiler()
-    config, topology = _CONFIG.value, parse_topology(_TOPOLOGY.value, _SLICES.value)
-    is_training = "num_steps" in config
-    run_config.check_values(config, "train_compile", "num_steps" if is_training else "prompts")
+    config, topology = (
+        read_config(_CONFIG.value, RunConfig, "train_compile"),
+        parse_topology(_TOPOLOGY.value, _SLICES.value),
+    )
+    is_training = isinstance(config, TrainConfig)
     sizes = Sizes.of(config)
     if is_training:
         batch = config.global_batch_size
-        mesh = make_mesh(config.mesh.to_dict(), topology.devices(), run_config.samples_at_once(config))
+        mesh = make_mesh(dataclasses.asdict(config.mesh), topology.devices(), config.samples_at_once)
         reports = [_compile_train(config, mesh, topology, sizes)]
     else:
-        batch, host = (
-            1 + run_config.sampling_config(config).guided,
-            topology.host(),
-        )  # each host samples its own stories
-        mesh = run_config.sampling_mesh(config, sizes.model, sizes.vae, host.devices())
+        batch, host = 1 + setup_sampling.sampling_config(config).guided, topology.host()  # one host samples a story
+        mesh = setup_sampling.sampling_mesh(config, sizes.model, sizes.vae, host.devices())
         reports = [_compile_denoise(config, mesh, host, sizes)]
     if _ENCODERS.value:
         reports += _compile_encoders(config, topology, sizes, decode=not is_training)
@@ -89,10 +92,10 @@ class Sizes:
     schedule: ScheduleConfig
 
     @classmethod
-    def of(cls, config: ConfigDict) -> "Sizes":
+    def of(cls, config: RunConfig) -> "Sizes":
         if config.pretrained:
-            pretrained = run_config.resolve_pretrained(config)
-            vae, text_encoder = run_config.encoder_configs(pretrained)
+            pretrained = named.resolve_pretrained(config)
+            vae, text_encoder = named.encoder_configs(pretrained)
             schedule = port.load_schedule(pretrained)
         else:
             is_2b = config.preset == "2b"
@@ -102,14 +105,15 @@ class Sizes:
         return cls(_transformer_sizes(config, vae, text_encoder), vae, text_encoder, schedule)
 
 
-def _transformer_sizes(config: ConfigDict, vae: codec.CodecConfig, text_encoder: T5Config) -> DiTConfig:
+def _transformer_sizes(config: RunConfig, vae: codec.CodecConfig, text_encoder: T5Config) -> DiTConfig:
     """Those of the weights that the config names; else, as in training from scratch, the config's or its preset's."""
-    stored = config.get("checkpoint") or config.get("init_from") or config.pretrained
+    is_training = isinstance(config, TrainConfig)
+    stored = (config.init_from if is_training else config.checkpoint) or config.pretrained
     source = TransformerSource.find(stored) if stored else None
     if source:
         return source.config()
-    if "model" in config:
-        return run_config.model_from_scratch(config, vae, text_encoder)
+    if is_training:
+        return setup.model_from_scratch(config, vae, text_encoder)
     if config.preset not in _MODELS:
         raise UserError(f"there is no transformer in {stored}; set --config.checkpoint to a training workdir")
     return _MODELS[config.preset](mask=config.mask)
@@ -118,28 +122,28 @@ def _transformer_sizes(config: ConfigDict, vae: codec.CodecConfig, text_encoder:
 _MODELS = {"2b": DiTConfig.cogvideox_2b, "5b": DiTConfig.cogvideox_5b}
 
 
-def _compile_train(config: ConfigDict, mesh: Mesh, topology: Topology, sizes: Sizes) -> CompileReport:
-    program = run_config.train_program(config, mesh, sizes.model, sizes.vae, sizes.schedule)
+def _compile_train(config: TrainConfig, mesh: Mesh, topology: Topology, sizes: Sizes) -> CompileReport:
+    program = setup.train_program(config, mesh, sizes.model, sizes.vae, sizes.schedule)
     layout = program.objective.layout
     needed = _model_flops(program.model, layout, mesh, config.global_batch_size, topology, True)
     return _compile("train step", lambda: program.lower("tpu"), mesh, topology, needed, layout)
 
 
-def _compile_denoise(config: ConfigDict, mesh: Mesh, topology: Topology, sizes: Sizes) -> CompileReport:
-    sampling = run_config.sampling_config(config)
-    model = run_config.with_run_settings(sizes.model, config)
-    layout = run_config.scene_layout(config, model, sizes.vae)
+def _compile_denoise(config: SampleConfig, mesh: Mesh, topology: Topology, sizes: Sizes) -> CompileReport:
+    sampling = setup_sampling.sampling_config(config)
+    model = scene_sizes.with_run_settings(sizes.model, config)
+    layout = scene_sizes.scene_layout(config, model, sizes.vae)
     check_tokens(layout.num_tokens, mesh)
-    graph, params = abstract_module(DiT, model, run_config.resolve_dtype(config.compute_dtype), mesh, sharding.DIT)
+    graph, params = abstract_module(DiT, model, jnp.dtype(config.compute_dtype), mesh, sharding.DIT)
     sampler = WindowSampler(graph, params, NoiseSchedule(sizes.schedule), sampling, mesh)
     needed = _model_flops(model, layout, mesh, 1 + sampling.guided, topology, False)
     return _compile("denoising step", lambda: sampler.lower(model, layout, "tpu"), mesh, topology, needed, layout)
 
 
-def _compile_encoders(config: ConfigDict, topology: Topology, sizes: Sizes, decode: bool) -> list[CompileReport]:
+def _compile_encoders(config: RunConfig, topology: Topology, sizes: Sizes, decode: bool) -> list[CompileReport]:
     """The frozen components, each for one scene on one host, as they run. Of these the FLOPs needed are not counted."""
-    dtype = run_config.resolve_dtype(config.compute_dtype)
-    layout = run_config.scene_layout(config, sizes.model, sizes.vae)
+    dtype = jnp.dtype(config.compute_dtype)
+    layout = scene_sizes.scene_layout(config, sizes.model, sizes.vae)
     latent_size = [side * sizes.model.patch_size for side in layout.grid]
     host, frames = topology.host(), (config.num_frames, config.height, config.width)
     text_mesh, vae_mesh = local_mesh(devices=host.devices()), local_mesh(tuple(latent_size), host.devices())

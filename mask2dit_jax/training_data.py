@@ -10,12 +10,12 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from mask2dit_jax import config as run_config
+from mask2dit_jax.config import TrainConfig
 from mask2dit_jax.curate.encode import Encoders, encode_clips
 from mask2dit_jax.data import latents
 from mask2dit_jax.data.batches import make_batches
@@ -27,6 +27,7 @@ from mask2dit_jax.data.scene_store import LatentStore
 from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.data.sources import Group, NamedClip, Scan, scan_pretrain_csv, scan_sft_json
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.models import sizes as scene_sizes
 from mask2dit_jax.models.dit import DiTConfig
 from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.parallel import distributed
@@ -79,7 +80,7 @@ class TrainingData:
         return dict(sorted(self.skipped.items()))
 
 
-def open_training_data(config: ConfigDict, pretrained, model: DiTConfig) -> TrainingData:
+def open_training_data(config: TrainConfig, pretrained, model: DiTConfig) -> TrainingData:
     """Everything is encoded and checked when this returns.
 
     Args:
@@ -101,19 +102,19 @@ def open_training_data(config: ConfigDict, pretrained, model: DiTConfig) -> Trai
 
 
 def scan_data_file(kind: str, path) -> Scan:
-    """What the data file of a stage ("pretrain", "sft") holds, its faulty rows set apart."""
-    return {"pretrain": scan_pretrain_csv, "sft": scan_sft_json}[kind](path)
+    """What the data file of a format ("csv", "json") holds, its faulty rows set apart."""
+    return {"csv": scan_pretrain_csv, "json": scan_sft_json}[kind](path)
 
 
-def frame_sampling(config: ConfigDict) -> PretrainSampling | SftSampling:
+def frame_sampling(config: TrainConfig) -> PretrainSampling | SftSampling:
     """The stage's rule for which frames of a clip are taken."""
     data = config.data
-    if data.kind == "pretrain":
+    if data.kind == "csv":
         return PretrainSampling(config.num_frames, stride=data.max_stride)
     return SftSampling(config.num_frames, min_stride=data.min_stride, max_stride=data.max_stride)
 
 
-def latent_settings(config: ConfigDict, pretrained, text_tokens: int) -> CacheSettings:
+def latent_settings(config: TrainConfig, pretrained, text_tokens: int) -> CacheSettings:
     """Everything in the config that decides which numbers are stored for a clip."""
     return CacheSettings(
         sampling=frame_sampling(config),
@@ -126,21 +127,21 @@ def latent_settings(config: ConfigDict, pretrained, text_tokens: int) -> CacheSe
     )
 
 
-def record_shapes(config: ConfigDict, model: DiTConfig, vae: VAEConfig) -> RecordShapes:
+def record_shapes(config: TrainConfig, model: DiTConfig, vae: VAEConfig) -> RecordShapes:
     """Of the encoded scenes that a transformer is trained with."""
-    layout = run_config.scene_layout(config, model, vae)
+    layout = scene_sizes.scene_layout(config, model, vae)
     height, width = (side * model.patch_size for side in layout.grid)
     latents = (layout.frames[0], height, width, model.latent_channels)
     return RecordShapes(latents, (model.text_tokens, model.text_embed_dim))
 
 
-def load_encoders(config: ConfigDict, pretrained, text_tokens: int) -> Encoders:
+def load_encoders(config: TrainConfig, pretrained, text_tokens: int) -> Encoders:
     """The VAE and the text encoder, on the devices of this process."""
-    dtype = run_config.resolve_dtype(config.compute_dtype)
+    dtype = jnp.dtype(config.compute_dtype)
     return Encoders(VideoCodec(pretrained, dtype).encode, TextEncoder(pretrained, text_tokens, dtype))
 
 
-def _open_records(config: ConfigDict, settings: CacheSettings, pretrained) -> TrainingData:
+def _open_records(config: TrainConfig, settings: CacheSettings, pretrained) -> TrainingData:
     path = config.data.path
     # Which frames were chosen is the data set's; the seed of a run draws among them.
     ignored = ["seed"]
@@ -156,7 +157,7 @@ def _open_records(config: ConfigDict, settings: CacheSettings, pretrained) -> Tr
     return TrainingData(store, _samples(config, store.clips, store.groups), skipped)
 
 
-def _encode_online(config: ConfigDict, settings: CacheSettings, pretrained) -> TrainingData:
+def _encode_online(config: TrainConfig, settings: CacheSettings, pretrained) -> TrainingData:
     scan = scan_data_file(config.data.kind, config.data.path)
     skipped = Skipped(scan.num_clips, config.data.max_skipped_share)
     for name, reason in scan.faults.items():
@@ -176,8 +177,8 @@ def _encode_online(config: ConfigDict, settings: CacheSettings, pretrained) -> T
 
 
 def _samples(
-    config: ConfigDict, usable: Sequence[NamedClip], groups: Sequence[Group]
+    config: TrainConfig, usable: Sequence[NamedClip], groups: Sequence[Group]
 ) -> UnrelatedClips | ConsecutiveShots:
-    if config.data.kind == "pretrain":
+    if config.data.kind == "csv":
         return UnrelatedClips(usable, config.num_scenes)
     return ConsecutiveShots(groups, config.num_scenes, usable)

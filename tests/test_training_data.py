@@ -1,5 +1,6 @@
 """The two ways to the same batches: videos encoded inside the job, and a latent data set made before."""
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -10,14 +11,16 @@ from absl import logging
 
 from configs import pretrain, sft
 from mask2dit_jax import build_data, training_data
-from mask2dit_jax import config as run_config
+from mask2dit_jax.config import TrainConfig, read_config
 from mask2dit_jax.curate.encode import Encoders
 from mask2dit_jax.data.sources import Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.pretrained import named
+from mask2dit_jax.training import setup
 from mask2dit_jax.training_data import open_training_data
 from tests.data.clips import make_clip
 
-TINY = run_config.ASSETS / "tiny"
+TINY = named.ASSETS / "tiny"
 STAGES = {"pretrain": (pretrain, "pretrain.csv"), "sft": (sft, "sft.json")}
 
 
@@ -25,11 +28,11 @@ def configure(stage, path, **data):
     config = STAGES[stage][0].get_config("tiny")
     config.update({"num_frames": 5, "height": 32, "width": 48, "num_scenes": 2, "pretrained": str(TINY)})
     config.data.update({"path": str(path), "clip_variants": 3, "max_stride": 2, "max_skipped_share": 0.3, **data})
-    return config
+    return read_config(config, TrainConfig, "train")
 
 
 def model_of(config):
-    return run_config.model_from_scratch(config, *run_config.encoder_configs(config.pretrained))
+    return setup.model_from_scratch(config, *named.encoder_configs(config.pretrained))
 
 
 def open_data(config):
@@ -99,7 +102,7 @@ def test_latents_need_neither_videos_nor_encoders(folder, tmp_path, monkeypatch,
     bare = shutil.copytree(TINY, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     config = configure("sft", latents)
     with_weights = take(open_data(config))
-    config.pretrained = str(bare)
+    config = dataclasses.replace(config, pretrained=str(bare))
     caplog.set_level(logging.INFO)
     for ours, theirs in zip(take(open_data(config)), with_weights, strict=True):
         np.testing.assert_array_equal(ours["mean"], theirs["mean"])
@@ -108,7 +111,7 @@ def test_latents_need_neither_videos_nor_encoders(folder, tmp_path, monkeypatch,
 
 def test_another_seed_draws_from_the_same_latents(folder):
     config = configure("sft", folder / "sft_latents")
-    config.seed = 7
+    config = dataclasses.replace(config, seed=7)
     ours, theirs = take(open_data(config), seed=7), take(open_data(config), seed=3)
     assert any(not np.array_equal(one["mean"], other["mean"]) for one, other in zip(ours, theirs, strict=True))
 
@@ -120,12 +123,13 @@ def test_another_seed_draws_from_the_same_latents(folder):
         ({"height": 48, "width": 80}, r"size \[32, 48\], not \[48, 80\]"),
         ({"compute_dtype": "bfloat16"}, "compute_dtype float32, not bfloat16"),
         ({"data": {"clip_variants": 1}}, "variants 3, not 1"),
-        ({"data": {"kind": "pretrain"}}, "sampling.rule SftSampling, not PretrainSampling"),
+        ({"data": {"kind": "csv"}}, "sampling.rule SftSampling, not PretrainSampling"),
     ],
 )
 def test_latents_made_in_another_way_are_refused(folder, change, told):
     config = configure("sft", folder / "sft_latents")
-    config.update(change)
+    data = dataclasses.replace(config.data, **change.get("data", {}))
+    config = dataclasses.replace(config, **{**change, "data": data})
     with pytest.raises(UserError, match=f"sft_latents was made with .*{told}"):
         open_data(config)
 
@@ -137,7 +141,7 @@ def test_latents_of_other_encoders_are_refused(folder, tmp_path):
     raw[-1] ^= 1
     weights.write_bytes(raw)
     config = configure("sft", folder / "sft_latents")
-    config.pretrained = str(other)
+    config = dataclasses.replace(config, pretrained=str(other))
     with pytest.raises(UserError, match=r"made with encoders [0-9a-f]{16}, not [0-9a-f]{16}; set"):
         open_data(config)
 

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.training import checkpoint
+from mask2dit_jax.pretrained import stored_checkpoint
 
 # Two runs side by side, a thread each, finish sooner than one after the other on two threads: the products are small.
 # Optimising these programs any further takes XLA longer than it saves.
@@ -84,7 +84,7 @@ def _train(run: TrainingRun, output: Path) -> None:
     }
     with log.open("a") as file:
         code = subprocess.run(run.command(output), stdout=file, stderr=file, env=environment, check=False).returncode
-    if code or not checkpoint.has_checkpoint(run.workdir(output)):
+    if code or not stored_checkpoint.has_checkpoint(run.workdir(output)):
         last = log.read_text().strip().splitlines()[-1:]
         raise UserError(f"run {run.name} failed ({''.join(last)}); see {log}, then start again: it goes on from there")
     (run.workdir(output) / "done").write_text(" ".join(run.command(output)) + "\n")

@@ -10,16 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from mask2dit_jax.axes import Array, Floats, Ints
+from mask2dit_jax.config import CONDITIONS
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 
-# What a model is shown of a conditional scene: the clean latents (the authors' training), or the latents noised at
-# t = 0 (the authors' sampling). In bfloat16 with the 5B schedule the two are equal.
-CONDITIONS = ("clean", "noised")
-
 
 def check_condition(condition: str) -> str:
+    """Return `condition`: how a model is shown the scenes that it knows.
+
+    "clean" shows clean latents (the authors' training), "noised" latents noised at t = 0 (the authors' sampling). In
+    bfloat16 with the 5B schedule the two are equal.
+
+    Raises:
+        UserError: it is neither.
+    """
     if condition not in CONDITIONS:
         raise UserError(f"condition {condition!r} does not exist; choose one of {', '.join(CONDITIONS)}")
     return condition

@@ -15,9 +15,8 @@ import math
 import numpy as np
 
 from mask2dit_jax.axes import Floats, NpFloats, NpInts
+from mask2dit_jax.config import GUIDANCE
 from mask2dit_jax.errors import UserError
-
-KINDS = ("static", "dynamic", "dynamic_sound")
 
 
 def guide(uncond: Floats["*shape"], cond: Floats["*shape"], scale: int | float | Floats[""]) -> Floats["*shape"]:
@@ -42,5 +41,5 @@ def guidance_scales(kind: str, scale: int | float, timesteps: NpInts[" steps"]) 
         case "dynamic_sound":
             progress = [step / steps for step in range(steps)]
         case _:
-            raise UserError(f"guidance {kind!r} is unknown; use one of {', '.join(KINDS)}")
+            raise UserError(f"guidance {kind!r} is unknown; use one of {', '.join(GUIDANCE)}")
     return np.array([1 + scale * ((1 - math.cos(math.pi * p**5.0)) / 2) for p in progress])

@@ -23,33 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mask2dit_jax.axes import Array, Floats, Ints, NpFloats, NpInts
+from mask2dit_jax.config import SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.errors import UserError
-
-KINDS = ("ddim", "dpm")
-PREVIOUS_TIMESTEPS = ("official", "sound")
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerConfig:
-    """How to sample.
-
-    Attributes:
-        kind: "ddim" (deterministic; the authors' examples) or "dpm" (new noise enters at every step that does not end
-            clean).
-        num_steps: calls of the model, 50 in the paper.
-        previous_timestep: "official" or "sound", see the top of this file.
-    """
-
-    kind: str = "ddim"
-    num_steps: int = 50
-    previous_timestep: str = "official"
-
-    def __post_init__(self):
-        for name, known in (("kind", KINDS), ("previous_timestep", PREVIOUS_TIMESTEPS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"sampler {name} {value!r} is unknown; use one of {', '.join(known)}")
 
 
 class SamplerState(NamedTuple):

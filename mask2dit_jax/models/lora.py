@@ -1,6 +1,5 @@
 """LoRA: small matrices beside frozen ones, x W + alpha / rank (x A) B (Hu et al. 2021). B starts at zero: no change."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,31 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mask2dit_jax.axes import Floats
-from mask2dit_jax.errors import UserError
+from mask2dit_jax.config import LoRAConfig
 
 NAMES = ("lora_a", "lora_b")
 PATTERN = r".*\.lora_[ab]"  # the paths of all adapters
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """Adapters on attention's query, key, value and out and on the feed-forward's up and down, in every block.
-
-    Attributes:
-        rank: columns of A and rows of B.
-        alpha: the adapters count alpha / rank times, so that another rank needs no other learning rate.
-    """
-
-    rank: int
-    alpha: float
-
-    def __post_init__(self):
-        if self.rank < 1 or self.alpha <= 0:
-            raise UserError(f"lora.rank={self.rank} and lora.alpha={self.alpha} must be above 0")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 class AdaptedLinear(nnx.Linear):

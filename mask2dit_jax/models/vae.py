@@ -22,6 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mask2dit_jax.axes import Array, Floats
+from mask2dit_jax.config import CHUNKINGS
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel.mesh import platform
 from mask2dit_jax.parallel.sharding import FRAMES, constrain
@@ -30,7 +31,6 @@ Cache = Mapping[str, Any] | None
 
 ENCODE_CHUNK = 8  # pixel frames; the first chunk takes the remainder on top
 DECODE_CHUNK = 2  # latent frames
-CHUNKINGS = ("mask2dit", "diffusers")
 LARGE = 2**26  # elements a chunk from which a CPU convolves it frame by frame, for memory
 LOGVAR_RANGE = (-30.0, 20.0)
 

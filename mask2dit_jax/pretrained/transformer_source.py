@@ -14,7 +14,7 @@ from mask2dit_jax.models.port_rules import flatten
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.abstract import memoryless
 from mask2dit_jax.pretrained import directory as port
-from mask2dit_jax.training import checkpoint
+from mask2dit_jax.pretrained import stored_checkpoint
 
 WEIGHTS = ("auto", "ema", "params")
 
@@ -34,8 +34,8 @@ class TransformerSource:
         Args:
             weights: "ema", "params", or "auto": the average where there is one.
         """
-        if checkpoint.has_checkpoint(path):
-            folder = checkpoint.find(path)
+        if stored_checkpoint.has_checkpoint(path):
+            folder = stored_checkpoint.find(path)
             has_ema = (folder / "ema").exists()
             if weights == "ema" and not has_ema:
                 raise UserError(f"checkpoint {folder} holds no average; train with --config.ema_decay, or take params")
@@ -56,7 +56,7 @@ class TransformerSource:
 
     def config(self) -> DiTConfig:
         if self.is_checkpoint:
-            return DiTConfig.from_json(checkpoint.read_record(self.folder)["model"])
+            return DiTConfig.from_json(stored_checkpoint.read_record(self.folder)["model"])
         return port.load_config(self.folder, "transformer")
 
     def load(self, abstract: nnx.State) -> nnx.State:
@@ -75,26 +75,26 @@ class TransformerSource:
         abstract = nnx.state(port.COMPONENTS["transformer"].module(self.config()))
         place = SingleDeviceSharding(jax.local_devices()[0])
         abstract = sharding.placed(abstract, jax.tree.map(lambda _: place, abstract))
-        dtypes = flatten(checkpoint.stored_shapes(self.folder, self._with_adapters(abstract)))
+        dtypes = flatten(stored_checkpoint.stored_shapes(self.folder, self._with_adapters(abstract)))
         return self.load(_mapped(abstract, lambda name, leaf: leaf.update(dtype=dtypes[name].dtype)))
 
     def _load_checkpoint(self, abstract: nnx.State) -> nnx.State:
         abstract, averaged = self._with_adapters(abstract), set()
         if self.is_ema:
-            averaged = checkpoint.stored_names(self.folder, "ema")
+            averaged = stored_checkpoint.stored_names(self.folder, "ema")
         trained, others = nnx.split_state(abstract, lambda path, _: ".".join(path) in averaged, ...)
         if not averaged:
-            params = checkpoint.load_params(self.folder, abstract)
+            params = stored_checkpoint.load_params(self.folder, abstract)
         elif not jax.tree.leaves(others):
-            params = checkpoint.load_params(self.folder, trained, "ema")
+            params = stored_checkpoint.load_params(self.folder, trained, "ema")
         else:  # what did not train has no average
-            params = checkpoint.load_params(self.folder, abstract)
-            params = nnx.merge_state(params, checkpoint.load_params(self.folder, trained, "ema"))
+            params = stored_checkpoint.load_params(self.folder, abstract)
+            params = nnx.merge_state(params, stored_checkpoint.load_params(self.folder, trained, "ema"))
         adapters = self._adapters()
         return lora.merge(params, adapters) if adapters else params
 
     def _adapters(self) -> lora.LoRAConfig | None:
-        fields = checkpoint.read_record(self.folder).get("lora")
+        fields = stored_checkpoint.read_record(self.folder).get("lora")
         return lora.LoRAConfig(**fields) if fields else None
 
     def _with_adapters(self, abstract: nnx.State) -> nnx.State:

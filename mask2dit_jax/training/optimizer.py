@@ -1,45 +1,12 @@
-"""AdamW as the paper trained with (FACTS: lr 1e-5, eps 1e-10, decay 3e-2, clipping at 0.05, 100 warm-up steps)."""
-
-import dataclasses
+"""The optimiser: AdamW behind clipping by the global norm, and its learning rate."""
 
 import optax
 
-from mask2dit_jax.errors import UserError
-
-SCHEDULES = ("constant", "cosine")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """Attributes:
-    warmup_steps: the learning rate rises linearly from 0 over so many steps.
-    schedule: what follows: "constant" (the paper), or "cosine", down to 0 at decay_steps.
-    decay_steps: of "cosine". It is not the run's num_steps, so that a run that is made longer stays the same run.
-    clip_norm: the global norm that gradients are scaled down to.
-    """
-
-    learning_rate: float = 1e-5
-    warmup_steps: int = 100
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-10
-    weight_decay: float = 3e-2
-    clip_norm: float = 0.05
-    schedule: str = "constant"
-    decay_steps: int = 0
-
-    def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise UserError(
-                f"optimizer.schedule {self.schedule!r} does not exist; choose one of {', '.join(SCHEDULES)}"
-            )
-        if self.schedule == "cosine" and self.decay_steps <= self.warmup_steps:
-            raise UserError(
-                f"optimizer.decay_steps={self.decay_steps} must be more than optimizer.warmup_steps={self.warmup_steps}"
-            )
+from mask2dit_jax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Return the learning rate by step: a linear warm-up, then constant, or a cosine down to 0 at `decay_steps`."""
     peak, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(0.0 if warmup else peak, peak, max(warmup, 1))
     if config.schedule == "constant":
@@ -49,6 +16,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Return the gradient transformation of a config."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

@@ -19,10 +19,8 @@ from jax.experimental import multihost_utils
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.parallel.sharding import name_of
-from mask2dit_jax.training.checkpoint import (
+from mask2dit_jax.pretrained.stored_checkpoint import (
     DAMAGE,
-    TRAIN,
-    Manager,
     is_out_of_reach,
     metadata,
     no_answer,
@@ -30,6 +28,7 @@ from mask2dit_jax.training.checkpoint import (
     read_record,
     reason_of,
 )
+from mask2dit_jax.training.checkpoint import TRAIN, Manager
 from mask2dit_jax.training.step import TrainState
 
 _T = TypeVar("_T")

@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
-from mask2dit_jax import config as run_config
 from mask2dit_jax.data.sources import Clip, Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.media.video_writer import write_video
+from mask2dit_jax.pretrained import named
 from tests.mains import process
 from tests.xla_flags import XLA_FLAGS
 
@@ -153,7 +153,7 @@ def pretrain_workdir(commands, dataset, tmp_path_factory) -> Path:
     return workdir
 
 
-TINY = run_config.ASSETS / "tiny"
+TINY = named.ASSETS / "tiny"
 
 
 @pytest.fixture(scope="session")

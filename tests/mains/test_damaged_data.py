@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from mask2dit_jax import config as run_config
 from mask2dit_jax.data.sources import printable
+from mask2dit_jax.pretrained import named
 from tests.data.odd_clips import write_data_set
 from tests.mains.conftest import settings
 
@@ -74,7 +74,7 @@ def test_checked(commands, damaged):
 def test_trained_with_the_latents(commands, damaged, latents, tmp_path):
     """The encoders are not even there."""
     bare = tmp_path / "bare"
-    shutil.copytree(run_config.ASSETS / "tiny", bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(named.ASSETS / "tiny", bare, ignore=shutil.ignore_patterns("*.safetensors"))
     flags = flags_of(commands, damaged, tmp_path / "run", latents, pretrained=bare)
     finished = commands.succeed("train", *flags)
     assert_named(skipped(finished.stderr), damaged[1])

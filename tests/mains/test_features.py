@@ -8,7 +8,7 @@ from diffusers import CogVideoXTransformer3DModel
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mask2dit_jax.training.checkpoint import find, read_record
+from mask2dit_jax.pretrained.stored_checkpoint import find, read_record
 from tests.mains.conftest import PROMPTS, SMALL, settings
 from tests.mains.test_train import assert_same, differ, read, scalars
 

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from transformers import T5EncoderModel
 
 from configs import common
-from mask2dit_jax import config as run_config
+from mask2dit_jax.config import TrainConfig, read_config
+from mask2dit_jax.models import sizes as scene_sizes
 from mask2dit_jax.models.dit import DiT
 from mask2dit_jax.models.t5 import T5Encoder
 from mask2dit_jax.models.vae import VAE
@@ -95,9 +96,9 @@ def test_a_ported_workdir_samples_the_same_as_its_directory(commands, authors, p
 
 def test_weights_made_with_another_mask_are_told_of(authors, caplog):
     model = port.load_config(authors, "transformer")
-    config = common.common("5b")
-    assert run_config.with_run_settings(model, config).mask == "v2"
-    assert "made with mask v4, this run takes v2" in caplog.text
+    config = read_config(common.make_config("sft", "5b", {}), TrainConfig, "train")
+    assert scene_sizes.with_run_settings(model, config).mask == "v2"
+    assert "made with mask v4, this run uses v2" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mask2dit_jax import config as run_config
 from mask2dit_jax.media.video_reader import probe
 from mask2dit_jax.media.video_writer import write_video
+from mask2dit_jax.pretrained import named
 from tests.mains.conftest import FPS, HEIGHT, SMALL, WIDTH, moving_square, settings
 from tests.mains.test_bad_data import replace_by_pdf
 from tests.mains.test_processes import train_together
@@ -130,7 +130,7 @@ def test_an_edited_story_repeats_what_changes(commands, story, pretrain_workdir,
 def test_another_schedule_is_another_story(commands, story, pretrain_workdir, tmp_path):
     """The given scene stays; no weights are read to say so."""
     folder, output = copied(story, tmp_path)
-    pretrained = shutil.copytree(run_config.ASSETS / "tiny", tmp_path / "pretrained")
+    pretrained = shutil.copytree(named.ASSETS / "tiny", tmp_path / "pretrained")
     path = pretrained / "scheduler" / "scheduler_config.json"
     asked = flags(pretrain_workdir, output, f"--story={folder / 'story.yaml'}", "--plan", pretrained=pretrained)
     assert "replaced" not in commands.succeed("sample", *asked).stderr

@@ -5,7 +5,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mask2dit_jax.training.checkpoint import find, read_record
+from mask2dit_jax.pretrained.stored_checkpoint import find, read_record
 from tests.training.test_events import read_events
 
 RATE = 1e-3

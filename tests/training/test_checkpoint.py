@@ -1,147 +1,40 @@
-"""Checkpoints: what is written comes back bit for bit, from wherever it is asked for, and faults are named."""
+"""What a run saves comes back bit for bit, and faults are named."""
 
-import functools
 import re
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 from gcsfs.retry import HttpError
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.models.dit import DiT, DiTConfig
+from mask2dit_jax.pretrained import stored_checkpoint
 from mask2dit_jax.training import checkpoint, resume
 from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer
-from mask2dit_jax.training.step import TrainState, UpdateConfig, init_state
-
-CONFIG = DiTConfig(2, 16, 1, 4, time_embed_dim=16, text_embed_dim=8, text_tokens=5)
-RECORD = {"model": CONFIG.to_json(), "pretrained": "tiny", "config": {"seed": 0}}
-
-
-@functools.cache
-def make_state(seed=0, config=CONFIG) -> TrainState:
-    params = nnx.state(DiT(config, rngs=nnx.Rngs(seed)))
-    state = init_state(params, make_optimizer(OptimizerConfig()))
-    return state._replace(step=jnp.array(seed, jnp.int32))
-
-
-def abstract(tree):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+from mask2dit_jax.training.step import UpdateConfig, init_state
+from tests.training.saved_run import (
+    CONFIG,
+    RECORD,
+    abstract,
+    assert_same,
+    cut_data,
+    cut_metadata,
+    make_state,
+    remove_manifest,
+    save_run,
+)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Steps 1, 2 and 3 were saved, two are kept."""
-    folder = tmp_path_factory.mktemp("run")
-    with checkpoint.open_manager(folder, keep=2) as manager:
-        for step in (1, 2, 3):
-            checkpoint.save(manager, make_state(step), RECORD)
-    return folder
+    return save_run(tmp_path_factory.mktemp("run"))
 
 
 def test_the_newest_state_is_restored(workdir):
     with checkpoint.open_manager(workdir, keep=2) as manager:
         assert_same(resume.restore(manager, abstract(make_state())), make_state(3))
     assert not (workdir / "checkpoints" / "1").exists()
-
-
-def test_parameters_are_found_from_workdir_and_step(workdir):
-    steps = workdir / "checkpoints"
-    for path, step in ((workdir, 3), (steps, 3), (steps / "3", 3), (steps / "2", 2)):
-        assert checkpoint.has_checkpoint(path)
-        folder = checkpoint.find(path)
-        assert folder == steps / str(step)
-        params = make_state(step).params
-        assert_same(checkpoint.load_params(folder, abstract(params)), params)
-
-
-def test_a_relative_path_will_do(workdir, monkeypatch):
-    """Orbax wants absolute ones; people type others."""
-    monkeypatch.chdir(workdir.parent)
-    params = make_state().params
-    folder = checkpoint.find(workdir.name)
-    assert not folder.is_absolute()
-    assert checkpoint.load_params(folder, abstract(params)).keys() == params.keys()
-    assert checkpoint.stored_names(folder, "params")
-
-
-def test_parameters_come_in_the_type_that_is_asked_for(workdir):
-    params = make_state(3).params
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    loaded = checkpoint.load_params(checkpoint.find(workdir), abstract(half))
-    assert_same(loaded, half)
-    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
-
-
-def test_record(workdir):
-    record = checkpoint.read_record(checkpoint.find(workdir))
-    assert record == RECORD
-    assert DiTConfig.from_json(record["model"]) == CONFIG
-
-
-def test_nothing_there(tmp_path):
-    assert not checkpoint.has_checkpoint(tmp_path)
-    assert not checkpoint.has_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=f"there is no checkpoint in {tmp_path}; give a training workdir"):
-        checkpoint.find(tmp_path)
-
-
-def test_a_model_of_other_sizes(workdir):
-    larger = DiTConfig(2, 32, 1, 4, time_embed_dim=16, text_embed_dim=8, text_tokens=5)
-    with pytest.raises(UserError, match="checkpoints/3 is of a model of other sizes"):
-        checkpoint.load_params(checkpoint.find(workdir), abstract(make_state(config=larger).params))
-
-
-def test_parameters_alone_can_be_loaded_but_not_resumed(tmp_path):
-    params = make_state(1).params
-    checkpoint.save_params(tmp_path, params, {"model": CONFIG.to_json(), "pretrained": "tiny"})  # as port_weights does
-    assert_same(checkpoint.load_params(checkpoint.find(tmp_path), abstract(params)), params)
-    with (
-        checkpoint.open_manager(tmp_path, keep=1) as manager,
-        pytest.raises(UserError, match=f"start one in another workdir with --config.init_from={tmp_path}"),
-    ):
-        resume.set_aside_unreadable(manager)
-
-
-def test_damaged_record(tmp_path):
-    checkpoint.save_params(tmp_path, make_state().params, RECORD)
-    folder = checkpoint.find(tmp_path)
-    (folder / "record" / "metadata").write_text("{")
-    with pytest.raises(UserError, match=r"is damaged: .*metadata is missing or no JSON"):
-        checkpoint.read_record(folder)
-
-
-def test_a_checkpoint_being_written_to_a_bucket_is_not_the_newest(workdir, tmp_path, monkeypatch):
-    """Nothing is renamed there: Orbax takes a folder for whole when a last file says so."""
-    run = shutil.copytree(workdir, tmp_path / "run")
-    whole = {"2"}
-    monkeypatch.setattr(checkpoint.ocp.utils, "is_checkpoint_finalized", lambda folder: folder.name in whole)
-    assert checkpoint.find(run).name == "2"
-    whole.clear()
-    assert not checkpoint.has_checkpoint(run)
-
-
-def remove_manifest(params):
-    next(Path(params).rglob("manifest.ocdbt")).unlink()
-
-
-def cut_metadata(params):
-    file = params / "_METADATA"
-    file.write_bytes(file.read_bytes()[:-20])
-
-
-def cut_data(params):
-    for file in Path(params).rglob("d/*"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def without_optimizer(params):
@@ -153,12 +46,12 @@ def test_damage_is_named_and_the_one_before_used(damage, tmp_path, caplog):
     with checkpoint.open_manager(tmp_path, keep=2) as manager:
         for step in (1, 2):
             checkpoint.save(manager, make_state(step), RECORD)
-    folder = checkpoint.find(tmp_path)
+    folder = stored_checkpoint.find(tmp_path)
     damage(folder / "params")
     if damage is not without_optimizer:
         named = "checkpoints/2 is damaged .*; delete its folder to go on from the one before, or use another"
         with pytest.raises(UserError, match=named):
-            checkpoint.load_params(folder, abstract(make_state().params))
+            stored_checkpoint.load_params(folder, abstract(make_state().params))
     with checkpoint.open_manager(tmp_path, keep=2) as manager:
         resume.set_aside_unreadable(manager)
         assert_same(resume.restore(manager, abstract(make_state())), make_state(1))
@@ -211,7 +104,7 @@ def test_a_step_that_is_damaged_twice_is_kept_twice(tmp_path):
             if not manager.all_steps():
                 checkpoint.save(manager, make_state(1), RECORD)
             checkpoint.save(manager, make_state(2), RECORD)
-        cut_metadata(checkpoint.find(tmp_path) / "params")
+        cut_metadata(stored_checkpoint.find(tmp_path) / "params")
         with checkpoint.open_manager(tmp_path, keep=2) as manager:
             assert resume.set_aside_unreadable(manager) == 1
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "damaged-2", "damaged-2-2"}
@@ -228,6 +121,19 @@ def test_a_step_that_was_named_again_is_set_aside_again(tmp_path):
     with checkpoint.open_manager(tmp_path, keep=2) as manager:
         assert resume.set_aside_unreadable(manager) == 1
     assert {path.name for path in steps.iterdir()} == {"1", "damaged-2", "damaged-2-2", "damaged-20"}
+
+
+def test_parameters_alone_can_be_loaded_but_not_resumed(tmp_path):
+    params = make_state(1).params
+    stored_checkpoint.save_params(
+        tmp_path, params, {"model": CONFIG.to_json(), "pretrained": "tiny"}
+    )  # as port_weights does
+    assert_same(stored_checkpoint.load_params(stored_checkpoint.find(tmp_path), abstract(params)), params)
+    with (
+        checkpoint.open_manager(tmp_path, keep=1) as manager,
+        pytest.raises(UserError, match=f"start one in another workdir with --config.init_from={tmp_path}"),
+    ):
+        resume.set_aside_unreadable(manager)
 
 
 def test_every_nth_is_kept_as_well(tmp_path):
@@ -256,9 +162,9 @@ def test_an_average_that_was_not_saved_begins_as_the_parameters(tmp_path):
         checkpoint.save(manager, averaged._replace(step=jnp.int32(2)), RECORD)
         assert_same(resume.restore(manager, abstract(averaged)).ema, averaged.ema)
         assert resume.restore(manager, abstract(state)).ema is None
-    folder = checkpoint.find(tmp_path)
+    folder = stored_checkpoint.find(tmp_path)
     shutil.rmtree(folder / "params")
-    assert_same(checkpoint.load_params(folder, abstract(state.params), "ema"), averaged.ema)
+    assert_same(stored_checkpoint.load_params(folder, abstract(state.params), "ema"), averaged.ema)
 
 
 def test_an_optimiser_of_other_parameters(tmp_path):

@@ -11,7 +11,7 @@ from experiments.desk import plots
 from experiments.desk.desk_data import CODEC
 from experiments.desk.findings import FINDINGS
 from experiments.desk.world import NUM_FRAMES, SIDE, TEXT_TOKENS, draw_stories, render
-from mask2dit_jax import config as run_config
+from mask2dit_jax.models import sizes as scene_sizes
 
 
 @pytest.mark.parametrize("finding", FINDINGS.values(), ids=FINDINGS)
@@ -37,7 +37,7 @@ def test_its_commands_set_fields_that_the_configs_have(finding):
 def test_the_preset_fits_the_world():
     for config in (sft.get_config("desk"), pretrain.get_config("desk"), sample.get_config("desk")):
         assert (config.height, config.width, config.num_frames) == (SIDE, SIDE, NUM_FRAMES)
-        run_config.check_sizes(config, CODEC, patch_size=2)
+        scene_sizes.check_sizes(config, CODEC, patch_size=2)
     model = sft.get_config("desk").model
     assert model.text_tokens == TEXT_TOKENS
     assert (model.sample_height, model.sample_width) == CODEC.sample_latents
