@@ -163,9 +163,9 @@ def _moved(kind: str, size: float, n: int) -> float:
 def first_group(attributes: str, num_partitions: int) -> list[int]:
     """Parse the first of an operation's groups of partitions.
 
-    All groups are alike, because XLA derives them from a mesh. XLA has three notations. {{0,1},{2,3}} lists the groups. [2,2]<=[4] and [2,2]<=[2,2]T(1,0) lay out the numbers,
-    transpose them and cut them into rows. mesh['a'=2,'b'=2] {'b'} names axes of a mesh, where 'b':(2)4 is the part of
-    size 4 of axis b behind a part of size 2.
+    All groups are alike, because XLA derives them from a mesh. XLA has three notations. {{0,1},{2,3}} lists the groups.
+    [2,2]<=[4] and [2,2]<=[2,2]T(1,0) lay out the numbers, transpose them and cut them into rows. mesh['a'=2,'b'=2]
+    {'b'} names axes of a mesh, where 'b':(2)4 is the part of size 4 of axis b behind a part of size 2.
 
     Args:
         attributes: Text of the instruction's attributes.

@@ -1,4 +1,4 @@
-"""AdamW as the paper trained with (FACTS: lr 1e-5, eps 1e-10, decay 3e-2, clipping at 0.05, 100 warm-up steps)."""
+"""AdamW with warm-up and clipping. The learning rate is the paper's; the other defaults are from the authors' code."""
 
 import dataclasses
 
@@ -11,11 +11,23 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Attributes:
-    warmup_steps: the learning rate rises linearly from 0 over so many steps.
-    schedule: what follows: "constant" (the paper), or "cosine", down to 0 at decay_steps.
-    decay_steps: of "cosine". It is not the run's num_steps, so that a run that is made longer stays the same run.
-    clip_norm: the global norm that gradients are scaled down to.
+    """The settings of the optimizer.
+
+    Attributes:
+        learning_rate: Peak learning rate (paper: 1e-5).
+        warmup_steps: Number of steps over which the learning rate rises linearly from 0.
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        clip_norm: Global norm to which larger gradients are scaled down.
+        schedule: Learning rate after the warm-up: "constant" (the authors' code), or "cosine", down to 0 at
+            `decay_steps`.
+        decay_steps: Last step of "cosine". It is separate from the run's num_steps, so that extending a run does not
+            change its schedule.
+
+    Raises:
+        UserError: There is no such schedule, or `decay_steps` is not above `warmup_steps`.
     """
 
     learning_rate: float = 1e-5
@@ -29,6 +41,7 @@ class OptimizerConfig:
     decay_steps: int = 0
 
     def __post_init__(self):
+        """Check the schedule."""
         if self.schedule not in SCHEDULES:
             raise UserError(
                 f"optimizer.schedule {self.schedule!r} does not exist; choose one of {', '.join(SCHEDULES)}"
@@ -40,6 +53,7 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Return the learning rate as a function of the step."""
     peak, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(0.0 if warmup else peak, peak, max(warmup, 1))
     if config.schedule == "constant":
@@ -49,6 +63,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Return clipping by the global norm followed by AdamW."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
