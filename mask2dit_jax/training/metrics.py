@@ -132,7 +132,9 @@ def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
     scalars["skipped_updates"] = float(window[-1]["skipped"])
     if len(updated) < len(window):
-        logging.warning("skipped %d of %d updates because they were not finite", len(window) - len(updated), len(window))
+        logging.warning(
+            "skipped %d of %d updates because they were not finite", len(window) - len(updated), len(window)
+        )
     for kind in ("fixed", "extension"):
         if total[f"num_{kind}"]:
             scalars[f"loss_{kind}"] = float(total[f"loss_{kind}_sum"] / total[f"num_{kind}"])
