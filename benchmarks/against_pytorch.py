@@ -173,7 +173,7 @@ def predict(reference, latents, text, timestep, rope):
     return reference(latents, text.flatten(1, 2), timestep.expand(len(latents)), image_rotary_emb=rope).sample
 
 
-def forward(mask: str) -> Case:
+def forward_case(mask: str) -> Case:
     """Return the case of a forward pass of the transformer."""
     config, graph, params, reference = transformer(mask)
     latents, text = dit_inputs()
@@ -188,7 +188,7 @@ def forward(mask: str) -> Case:
     return Case(f"DiT forward, {mask}", lambda: np.asarray(run(params, latents, text, step)), theirs)
 
 
-def train(mask: str) -> Case:
+def train_case(mask: str) -> Case:
     """Return the case of a train step: forward, backward, clipping and AdamW.
 
     Each side draws its own noise, so only shapes can be compared. Our backward pass recomputes elementwise work, as in
@@ -228,7 +228,7 @@ def train(mask: str) -> Case:
     return Case(f"train step, {mask}", ours, theirs, tolerance=np.inf)
 
 
-def vae_encode() -> Case:
+def encode_case() -> Case:
     """Return the case of encoding with the full-size VAE."""
     graph, params, reference = twins("vae", FULL_VAE)
     pixels = np.clip(normal(1, 9, 64, 96, 3), -1, 1)
@@ -242,7 +242,7 @@ def vae_encode() -> Case:
     return Case("VAE encode", lambda: np.asarray(run(params, pixels)), theirs)
 
 
-def vae_decode() -> Case:
+def decode_case() -> Case:
     """Return the case of decoding with the full-size VAE."""
     graph, params, reference = twins("vae", FULL_VAE)
     latents = normal(1, 3, 8, 12, 16)
@@ -255,7 +255,7 @@ def vae_decode() -> Case:
     return Case("VAE decode", lambda: np.asarray(run(params, latents)), theirs)
 
 
-def t5_encode() -> Case:
+def t5_case() -> Case:
     """Return the case of encoding a prompt with a smaller T5."""
     graph, params, reference = twins("text_encoder", T5)
     ids = np.random.default_rng(1).integers(0, T5.vocab_size, (1, 226)).astype(np.int32)
@@ -268,7 +268,7 @@ def t5_encode() -> Case:
     return Case("T5 encode", lambda: np.asarray(run(params, ids)), theirs)
 
 
-def sampling_run() -> Case:
+def sampling_case() -> Case:
     """Return the case of sampling: four guided steps, and a VAE of half the width on every fourth row and column."""
     config, graph, params, reference = transformer("v2")
     vae_graph, vae_params, vae = twins("vae", SMALL_VAE)
@@ -302,18 +302,18 @@ def sampling_run() -> Case:
 
 
 CASES = {
-    "DiT forward, v5": lambda: forward("v5"),
-    "DiT forward, v2": lambda: forward("v2"),
-    "train step, v5": lambda: train("v5"),
-    "train step, v2": lambda: train("v2"),
-    "VAE encode": vae_encode,
-    "VAE decode": vae_decode,
-    "T5 encode": t5_encode,
-    "sampling run": sampling_run,
+    "DiT forward, v5": lambda: forward_case("v5"),
+    "DiT forward, v2": lambda: forward_case("v2"),
+    "train step, v5": lambda: train_case("v5"),
+    "train step, v2": lambda: train_case("v2"),
+    "VAE encode": encode_case,
+    "VAE decode": decode_case,
+    "T5 encode": t5_case,
+    "sampling run": sampling_case,
 }
 
 
-def measure(case: Case, rounds: int) -> dict:
+def time_case(case: Case, rounds: int) -> dict:
     """Compare the outputs of both sides, then time them in turns.
 
     Raises:
@@ -354,7 +354,7 @@ def main(_):
     results = []
     for name, make in CASES.items():
         if ONLY.value in name:
-            found = measure(make(), ROUNDS.value)
+            found = time_case(make(), ROUNDS.value)
             results.append(found)
             difference = "-" if name.startswith("train") else f"{found['difference']:.0e}"
             numbers = (*found["seconds"].values(), found["ratio"], found["cpu_ratio"])

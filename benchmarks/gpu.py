@@ -405,7 +405,7 @@ def model_of(name: str):
     return graph, random_like(abstract)
 
 
-def scene_layout(scenes: int) -> SceneLayout:
+def full_size_layout(scenes: int) -> SceneLayout:
     """Return the layout of `scenes` full-size scenes."""
     return SceneLayout.of_equal_scenes(scenes, FRAMES, (ROWS // 2, COLUMNS // 2), TEXT)
 
@@ -416,7 +416,7 @@ def denoise_5b():
     graph, params = model_of("5b")
     sampler = Sampler(SamplerConfig(num_steps=50), NoiseSchedule(ScheduleConfig.cogvideox_5b()))
     step = jax.jit(make_denoise_step(graph, sampler, guided=True), static_argnames="layout")
-    layout = scene_layout(1)
+    layout = full_size_layout(1)
     x = jax.random.normal(jax.random.key(2), (1, FRAMES, ROWS, COLUMNS, 16))
     text = jax.random.normal(jax.random.key(3), (2, 1, TEXT, 4096))
     state, key = sampler.init(x), jax.random.key(4)
@@ -428,12 +428,12 @@ def denoise_5b():
     show("5B, 50 of these steps", f"{ms * 50 / 1e3:9.1f} s; finite {finite}", seconds=ms / 20)
 
 
-def train(name: str, scenes: int, repeats: int):
+def time_train_step(name: str, scenes: int, repeats: int):
     """Time a train step of batch 1, with parameters and moments in bf16 instead of fp32, so that 5B fits into 80 GB."""
     config = model_config(name, remat="attention")
     graph, abstract = nnx.split(memoryless(DiT, config, dtype=BF16, param_dtype=BF16))
     params = random_like(abstract)
-    layout = scene_layout(scenes)
+    layout = full_size_layout(scenes)
     schedule = NoiseSchedule(ScheduleConfig.cogvideox_5b())
     objective = Objective(schedule, layout, 0.7, condition_probability=0.5)
     optimizer = make_optimizer(OptimizerConfig())
@@ -465,7 +465,7 @@ def train(name: str, scenes: int, repeats: int):
 def train_5b():
     """Time a train step of 5B on one scene."""
     model_of.cache_clear()
-    train("5b", 1, 3)
+    time_train_step("5b", 1, 3)
 
 
 @section
@@ -502,7 +502,7 @@ def denoise_5b_three_scenes():
     graph, params = model_of("5b")
     sampler = Sampler(SamplerConfig(num_steps=50), NoiseSchedule(ScheduleConfig.cogvideox_5b()))
     step = jax.jit(make_denoise_step(graph, sampler, guided=True), static_argnames="layout")
-    layout = scene_layout(3)
+    layout = full_size_layout(3)
     x = jax.random.normal(jax.random.key(2), (1, 3 * FRAMES, ROWS, COLUMNS, 16))
     text = jax.random.normal(jax.random.key(3), (2, 3, TEXT, 4096))
     state, key = sampler.init(x), jax.random.key(4)
@@ -515,14 +515,14 @@ def denoise_5b_three_scenes():
 @section
 def train_2b():
     """Time a train step of 2B on one scene."""
-    train("2b", 1, 3)
+    time_train_step("2b", 1, 3)
 
 
 @section
 def forward_2b():
     """Time a forward pass of 2B on one scene."""
     graph, params = model_of("2b")
-    layout = scene_layout(1)
+    layout = full_size_layout(1)
     x = jax.random.normal(jax.random.key(2), (1, FRAMES, ROWS, COLUMNS, 16))
     text = jax.random.normal(jax.random.key(3), (1, 1, TEXT, 4096))
 
@@ -538,7 +538,7 @@ def forward_2b():
 def train_5b_three_scenes():
     """Time a train step of 5B on the paper's 3 scenes, 53,328 tokens."""
     model_of.cache_clear()
-    train("5b", 3, 1)
+    time_train_step("5b", 3, 1)
 
 
 print(f"\n{ARGS.output}; {time.monotonic() - BEGUN:.0f} s")

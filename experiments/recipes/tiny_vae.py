@@ -184,7 +184,7 @@ def silence(parameter: nnx.Param) -> None:
     parameter[...] = jnp.zeros_like(parameter[...])
 
 
-def make_optimizer(vae: VAE, steps: int) -> nnx.Optimizer:
+def muon_optimizer(vae: VAE, steps: int) -> nnx.Optimizer:
     """Return Muon for parameters with more than one axis, read as (all inputs, outputs), and Adam for the others."""
 
     def as_matrix(kernel):
@@ -234,7 +234,7 @@ def evaluate(vae: VAE, height: int, width: int) -> dict[str, float]:
     return result
 
 
-def save(vae: VAE, directory: Path) -> None:
+def save_vae(vae: VAE, directory: Path) -> None:
     """Write the VAE in diffusers' layout, with a scaling_factor that gives training latents unit variance."""
     rng = np.random.default_rng(SEED.value)
     clips = np.stack([training_clip(rng, 64) for _ in range(16)])
@@ -254,7 +254,7 @@ def main(_):
     else:
         vae = VAE(CONFIG, rngs=nnx.Rngs(SEED.value))
         set_start(vae)
-    optimizer = make_optimizer(vae, sum(steps for steps, _, _ in stages))
+    optimizer = muon_optimizer(vae, sum(steps for steps, _, _ in stages))
     print("parameters:", sum(x.size for x in jax.tree.leaves(nnx.state(vae, nnx.Param))))
     key, start, psnrs = jax.random.key(SEED.value), time.time(), []
     for step, pixels in batches(stages):
@@ -263,8 +263,8 @@ def main(_):
             print(f"{step} {time.time() - start:.0f}s train {np.mean(psnrs[-25:]):.2f} dB", flush=True)
         if (step + 1) % 200 == 0:
             print(evaluate(vae, 64, 112), flush=True)
-            save(vae, Path(OUTPUT.value))
-    save(vae, Path(OUTPUT.value))
+            save_vae(vae, Path(OUTPUT.value))
+    save_vae(vae, Path(OUTPUT.value))
     print(evaluate(vae, 64, 112), evaluate(vae, 96, 160))
 
 
