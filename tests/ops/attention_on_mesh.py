@@ -1,7 +1,7 @@
-"""Every mask in every implementation on meshes of 8 simulated devices, against dense attention on one.
+"""Compares every mask in every implementation on meshes of 8 simulated devices with dense attention on one device.
 
-A program of its own (`python -m tests.ops.attention_on_mesh`), as a process has as many devices as it starts with.
-Prints JSON: case -> largest difference of the output and of the three gradients.
+This is a program of its own (`python -m tests.ops.attention_on_mesh`), because a process cannot change its number of
+devices. It prints JSON: case -> largest difference of the output and of each of the three gradients.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import tests.conftest  # noqa: F401  the signatures are checked here too
+import tests.conftest  # noqa: F401  checks the jaxtyping signatures here too
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.ops.attention.api import IMPLEMENTATIONS, dense_attention
 from mask2dit_jax.ops.attention.splash import splash_attention
@@ -21,9 +21,9 @@ from mask2dit_jax.ops.masks import PREDICATES
 from mask2dit_jax.parallel.mesh import AXES
 from tests.xla_flags import XLA_FLAGS
 
-# 327 tokens: they divide over no mesh and fill no block.
+# 327 tokens, which divide over no mesh and fill no block.
 LAYOUT = SceneLayout(frames=(2, 1, 3), grid=(5, 9), text_tokens=19)
-HEADS = 4  # divide over a context of 2 and 4, not of 8
+HEADS = 4  # divide over a context of 2 or 4, but not of 8
 
 OTHERS = {name: attention for name, attention in IMPLEMENTATIONS.items() if name != "splash"}
 ULYSSES, GATHER = ({way: functools.partial(splash_attention, way=way)} for way in ("ulysses", "gather"))
@@ -67,7 +67,7 @@ def differences(mask: str) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    # Read when the first device is asked for.
+    # JAX reads this when it first asks for devices.
     os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
     results = {}
     for each in PREDICATES:

@@ -1,4 +1,4 @@
-"""Attention on a mesh equals attention on one device, forward and backward."""
+"""Tests that attention on a mesh equals attention on one device, forward and backward."""
 
 import json
 import subprocess
