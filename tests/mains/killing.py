@@ -115,7 +115,8 @@ def main():
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as environment:
         folder = Path(name)
         conftest.set_environment(environment, folder, folder / "compiled")
-        commands, dataset = Commands(folder, folder / "compiled", process.Shared(folder)), conftest.make_dataset(folder / "data")
+        commands = Commands(folder, folder / "compiled", process.Shared(folder))
+        dataset = conftest.make_dataset(folder / "data")
         reference, killed = folder / "reference", folder / "killed"
 
         def start(workdir):
