@@ -10,9 +10,7 @@ nothing can be renamed, the last file says that all of it is there. How a run go
 
 import contextlib
 import errno
-import functools
 import json
-import logging as std_logging
 import re
 import sys
 from typing import Any
@@ -77,23 +75,7 @@ def open_manager(workdir: epath.PathLike, *, keep: int, keep_every: int = 0, asy
         cleanup_tmp_directories=True,
         enable_async_checkpointing=asynchronous,
     )
-    _ignore_late_answers()
     return Manager(absolute(folder), options=options)
-
-
-@functools.cache
-def _ignore_late_answers() -> None:
-    """When one array of a checkpoint cannot be read or written, Orbax leaves the others under way; what becomes of
-    them, when nobody waits for it any more, Python would print as one traceback each."""
-    hook = sys.unraisablehook
-
-    def report(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = report
-    late = "exception was never retrieved"
-    std_logging.getLogger("asyncio").addFilter(lambda record: late not in record.getMessage())
 
 
 def save(manager: Manager, state: TrainState, record: dict[str, Any]) -> None:
