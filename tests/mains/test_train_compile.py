@@ -17,6 +17,7 @@ def compiled(commands, tmp_path, *flags) -> tuple[dict, str]:
     return json.loads(out.read_text()), finished.stdout
 
 
+@pytest.mark.slow
 def test_a_training_job(commands, tmp_path):
     """Eight chips: two shards of samples and, as what is left over, two of tokens for each of two of heads."""
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
