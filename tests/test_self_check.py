@@ -32,7 +32,7 @@ def run_two(*flags: tuple[str, ...], paths: tuple[str, str] = ("", "")) -> list[
         command = [sys.executable, "-m", "mask2dit_jax.self_check", "--min_memory_gib=0.1", "--min_disk_gib=0.1", *own]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         workers.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
-    outputs = [worker.communicate(timeout=120) for worker in workers]
+    outputs = [worker.communicate(timeout=1200) for worker in workers]
     return [(worker.returncode, *output) for worker, output in zip(workers, outputs, strict=True)]
 
 

@@ -160,10 +160,11 @@ def test_the_readme_shows_the_programs():
 @pytest.mark.parametrize(
     ("target", "does"),
     [
-        ("setup", ["-m venv .venv", '".[demo,test]"']),
+        ("setup", ["-m venv .venv", '--constraint constraints.txt --editable ".[demo,test]"']),
         ("demo", ["train --config=configs/sft.py:tiny", "sample --config=configs/sample.py:tiny --output=demo"]),
         ("desk", ["experiments/desk --finding=table2 --output=desk"]),
         ("test", ["-m pytest"]),
+        ("quick", ["-m pytest", '-m "not slow"']),
         ("lint", ["ruff check", "ruff format --check", "lint-imports"]),
     ],
 )

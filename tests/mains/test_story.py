@@ -162,6 +162,7 @@ def test_stories_and_seeds(commands, story, pretrain_workdir, tmp_path):
     assert written(tmp_path / "out" / "seed_3") == before
 
 
+@pytest.mark.slow
 def test_processes_share_the_stories_out(commands, pretrain_workdir, tmp_path):
     names = ("first", "second", "third")
     files = [tmp_path / f"{name}.yaml" for name in names]
