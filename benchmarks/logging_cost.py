@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is no part of the 
 
 from configs import sft
 from mask2dit_jax.parallel.mesh import make_mesh
-from mask2dit_jax.pretrained import directory as port
-from mask2dit_jax.pretrained import named
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.training import setup
 from mask2dit_jax.training.events import EventFile
 from mask2dit_jax.training.metrics import MetricsLog
@@ -33,11 +32,11 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each way.")
 
 def main(_):
     config = sft.get_config("tiny")
-    pretrained = named.resolve_pretrained(config)
-    vae, text = named.encoder_configs(pretrained)
+    pretrained = Pretrained.open(config.pretrained)
+    vae, text = pretrained.vae.config, pretrained.text_encoder.config
     mesh = make_mesh({}, jax.devices()[:1], config.global_batch_size)
     model = setup.model_from_scratch(config, vae, text)
-    program = setup.train_program(config, mesh, model, vae, port.load_schedule(pretrained))
+    program = setup.train_program(config, mesh, model, vae, pretrained.schedule)
     rng = np.random.default_rng(0)
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         state = program.start(program.random_params())

@@ -24,6 +24,7 @@ from mask2dit_jax.models.vae import VAE, VAEConfig
 from mask2dit_jax.parallel.abstract import memoryless
 from mask2dit_jax.pretrained import directory as port
 from mask2dit_jax.pretrained.encoders import VideoCodec
+from mask2dit_jax.pretrained.pretrained import Pretrained
 
 DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and computation.")
 FRAMES = flags.DEFINE_integer("frames", 49, "Of the scene.")
@@ -55,7 +56,7 @@ def main(_):
         write_random_weights(folder, config)
         print(f"before: {peak_gb():.1f} GB", flush=True)
         start, done = time.perf_counter(), 0
-        for pixels in VideoCodec(folder, jnp.dtype(DTYPE.value)).decode_chunks(latents):
+        for pixels in VideoCodec(Pretrained.open(folder), jnp.dtype(DTYPE.value)).decode_chunks(latents):
             done += len(pixels)
             print(f"{done} frames: {time.perf_counter() - start:.0f} s, at most {peak_gb():.2f} GB so far", flush=True)
 

@@ -35,8 +35,7 @@ from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.parallel import distributed
-from mask2dit_jax.pretrained import named
-from mask2dit_jax.pretrained.transformer_source import TransformerSource
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.training import setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Of the training: configs/sft.py:tiny.", lock_config=True)
@@ -100,9 +99,8 @@ def check(config: TrainConfig, data_file: str) -> None:
 def encode(config: TrainConfig, data_file: str, output: str) -> None:
     """Writes the latent data set; with several processes, each its share."""
     distributed.initialize()
-    pretrained = named.resolve_pretrained(config)
-    vae, text_encoder = named.encoder_configs(pretrained)
-    model = _model(config, pretrained, vae, text_encoder)
+    pretrained = Pretrained.open(config.pretrained)
+    model = _model(config, pretrained)
     scan = training_data.scan_data_file(config.data.kind, data_file)
     skipped = Skipped(scan.num_clips, config.data.max_skipped_share)
     settings = training_data.latent_settings(config, pretrained, model.text_tokens)
@@ -114,7 +112,7 @@ def encode(config: TrainConfig, data_file: str, output: str) -> None:
     builder = SceneLatents(
         output,
         settings,
-        training_data.record_shapes(config, model, vae),
+        training_data.record_shapes(config, model, pretrained.vae.config),
         scan,
         lambda clip: encode_clip(clip, settings, encoders()),
         skipped,
@@ -128,10 +126,12 @@ def encode(config: TrainConfig, data_file: str, output: str) -> None:
         print(f"{len(index.clips)} of {scan.num_clips} clips encoded in {output}, {len(index.skipped)} skipped")
 
 
-def _model(config: TrainConfig, pretrained, vae, text_encoder) -> TransformerConfig:
+def _model(config: TrainConfig, pretrained: Pretrained) -> TransformerConfig:
     """The sizes of the transformer that will train on it."""
-    source = TransformerSource.find(pretrained)
-    return source.config() if source else setup.model_from_scratch(config, vae, text_encoder)
+    source = pretrained.find_transformer()
+    if source:
+        return source.config()
+    return setup.model_from_scratch(config, pretrained.vae.config, pretrained.text_encoder.config)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.io import user_cache
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import make_mesh
-from mask2dit_jax.pretrained import directory as port
-from mask2dit_jax.pretrained import named, stored_checkpoint
+from mask2dit_jax.pretrained import stored_checkpoint
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
 from mask2dit_jax.sampling.preview import Preview
 from mask2dit_jax.training import checkpoint, resume, scene_lengths, setup, validation
@@ -60,15 +60,15 @@ def main(argv):
 
     keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
     with checkpoint.open_manager(workdir, **keep) as manager:
-        pretrained = named.resolve_pretrained(config)
+        pretrained = Pretrained.open(config.pretrained)
         start, source = _find_start(config, pretrained, manager)
-        vae_config, text_config = named.encoder_configs(pretrained)
         if config.sample_every:
-            port.require_weights(pretrained, "vae", "storyboards need it; set sample_every=0")
-        wanted = setup.model_from_scratch(config, vae_config, text_config)
+            pretrained.vae.require_weights("storyboards need it; set sample_every=0")
+        vae_config = pretrained.vae.config
+        wanted = setup.model_from_scratch(config, vae_config, pretrained.text_encoder.config)
         stored = setup.stored_model(source, wanted, config) if source else wanted
-        named.check_encoders(stored, pretrained)
-        programs = setup.train_programs(config, mesh, stored, vae_config, port.load_schedule(pretrained))
+        pretrained.check_fits(stored)
+        programs = setup.train_programs(config, mesh, stored, vae_config, pretrained.schedule)
         data = open_training_data(config, pretrained, programs[0].model)
         with jax.set_mesh(mesh):
             state = _start_state(programs[0], start, source, manager)
@@ -177,7 +177,7 @@ def _placed(
         yield program, global_batch(batch, program.abstract_batch, rows)
 
 
-def _find_start(config: TrainConfig, pretrained, manager) -> tuple[str, TransformerSource | None]:
+def _find_start(config: TrainConfig, pretrained: Pretrained, manager) -> tuple[str, TransformerSource | None]:
     """What the run starts from, in this order: resume, init_from, the pretrained directory, random numbers."""
     if (step := resume.set_aside_unreadable(manager)) is not None:
         logging.info("start: resuming step %d of %s", step, manager.directory)
@@ -189,7 +189,7 @@ def _find_start(config: TrainConfig, pretrained, manager) -> tuple[str, Transfor
         source = TransformerSource.require(config.init_from)
         logging.info("start: parameters of %s", source)
         return "parameters", source
-    source = TransformerSource.find(pretrained)
+    source = pretrained.find_transformer()
     logging.info("start: %s", f"pretrained weights of {source}" if source else "from scratch")
     return ("parameters", source) if source else ("scratch", None)
 

@@ -33,11 +33,10 @@ from mask2dit_jax.ops.attention.splash import FORWARD_PRODUCTS, splash_work
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.chips import Topology, parse_topology, prepare_compiler
 from mask2dit_jax.parallel.mesh import CONTEXT, DATA, FSDP, TENSOR, check_tokens, local_mesh, make_mesh
-from mask2dit_jax.pretrained import directory as port
-from mask2dit_jax.pretrained import named
 from mask2dit_jax.pretrained.encoders import text_encode, video_decode, video_encode
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
-from mask2dit_jax.sampling import setup_sampling
+from mask2dit_jax.sampling.engine import sampling_config, sampling_mesh
 from mask2dit_jax.sampling.window import WindowSampler
 from mask2dit_jax.tpu.report import CompileReport, ModelFlops, compile_and_analyse, format_table, splash_kernel_flops
 from mask2dit_jax.training import setup
@@ -65,8 +64,8 @@ def main(argv):
         mesh = make_mesh(dataclasses.asdict(config.mesh), topology.devices(), config.samples_at_once)
         reports = [_compile_train(config, mesh, topology, sizes)]
     else:
-        batch, host = 1 + setup_sampling.sampling_config(config).guided, topology.host()  # one host samples a story
-        mesh = setup_sampling.sampling_mesh(config, sizes.model, sizes.vae, host.devices())
+        batch, host = 1 + sampling_config(config).guided, topology.host()  # one host samples a story
+        mesh = sampling_mesh(config, sizes.model, sizes.vae, host.devices())
         reports = [_compile_denoise(config, mesh, host, sizes)]
     if _ENCODERS.value:
         reports += _compile_encoders(config, topology, sizes, decode=not is_training)
@@ -93,9 +92,9 @@ class Sizes:
     @classmethod
     def of(cls, config: RunConfig) -> "Sizes":
         if config.pretrained:
-            pretrained = named.resolve_pretrained(config)
-            vae, text_encoder = named.encoder_configs(pretrained)
-            schedule = port.load_schedule(pretrained)
+            pretrained = Pretrained.open(config.pretrained)
+            vae, text_encoder = pretrained.vae.config, pretrained.text_encoder.config
+            schedule = pretrained.schedule
         else:
             is_2b = config.preset == "2b"
             vae = VAEConfig.cogvideox_2b() if is_2b else VAEConfig.cogvideox_5b()
@@ -126,7 +125,7 @@ def _compile_train(config: TrainConfig, mesh: Mesh, topology: Topology, sizes: S
 
 
 def _compile_denoise(config: SampleConfig, mesh: Mesh, topology: Topology, sizes: Sizes) -> CompileReport:
-    sampling = setup_sampling.sampling_config(config)
+    sampling = sampling_config(config)
     model = scene_sizes.with_run_settings(sizes.model, config)
     layout = scene_sizes.scene_layout(config, model, sizes.vae)
     check_tokens(layout.num_tokens, mesh)

@@ -31,8 +31,8 @@ from mask2dit_jax.models import sizes as scene_sizes
 from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.parallel import distributed
-from mask2dit_jax.pretrained import directory as port
 from mask2dit_jax.pretrained.encoders import TextEncoder, VideoCodec
+from mask2dit_jax.pretrained.pretrained import Pretrained
 
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
 
@@ -80,11 +80,11 @@ class TrainingData:
         return dict(sorted(self.skipped.items()))
 
 
-def open_training_data(config: TrainConfig, pretrained, model: TransformerConfig) -> TrainingData:
+def open_training_data(config: TrainConfig, pretrained: Pretrained, model: TransformerConfig) -> TrainingData:
     """Everything is encoded and checked when this returns.
 
     Args:
-        pretrained: the directory of the frozen components.
+        pretrained: the frozen components.
         model: its text tokens are those that captions are encoded to.
 
     Raises:
@@ -114,7 +114,7 @@ def frame_sampling(config: TrainConfig) -> PretrainSampling | SftSampling:
     return SftSampling(config.num_frames, min_stride=data.min_stride, max_stride=data.max_stride)
 
 
-def latent_settings(config: TrainConfig, pretrained, text_tokens: int) -> CacheSettings:
+def latent_settings(config: TrainConfig, pretrained: Pretrained, text_tokens: int) -> CacheSettings:
     """Everything in the config that decides which numbers are stored for a clip."""
     return CacheSettings(
         sampling=frame_sampling(config),
@@ -122,7 +122,7 @@ def latent_settings(config: TrainConfig, pretrained, text_tokens: int) -> CacheS
         variants=config.data.clip_variants,
         seed=config.seed,
         max_tokens=text_tokens,
-        encoders=port.fingerprint(pretrained, _ENCODERS),
+        encoders=pretrained.fingerprint(*_ENCODERS),
         compute_dtype=config.compute_dtype,
     )
 
@@ -135,17 +135,17 @@ def record_shapes(config: TrainConfig, model: TransformerConfig, vae: VAEConfig)
     return RecordShapes(latents, (model.text_tokens, model.text_embed_dim))
 
 
-def load_encoders(config: TrainConfig, pretrained, text_tokens: int) -> Encoders:
+def load_encoders(config: TrainConfig, pretrained: Pretrained, text_tokens: int) -> Encoders:
     """The VAE and the text encoder, on the devices of this process."""
     dtype = jnp.dtype(config.compute_dtype)
     return Encoders(VideoCodec(pretrained, dtype).encode, TextEncoder(pretrained, text_tokens, dtype))
 
 
-def _open_records(config: TrainConfig, settings: CacheSettings, pretrained) -> TrainingData:
+def _open_records(config: TrainConfig, settings: CacheSettings, pretrained: Pretrained) -> TrainingData:
     path = config.data.path
     # Which frames were chosen is the data set's; the seed of a run draws among them.
     ignored = ["seed"]
-    if not all(port.has_weights(pretrained, name) for name in ("vae", "text_encoder")):
+    if not (pretrained.vae.has_weights and pretrained.text_encoder.has_weights):
         logging.info("%s has no encoder weights: it is not checked that %s was made with them", pretrained, path)
         ignored.append("encoders")
     latents.check_settings(path, settings, tuple(ignored))
@@ -157,7 +157,7 @@ def _open_records(config: TrainConfig, settings: CacheSettings, pretrained) -> T
     return TrainingData(store, _samples(config, store.clips, store.groups), skipped)
 
 
-def _encode_online(config: TrainConfig, settings: CacheSettings, pretrained) -> TrainingData:
+def _encode_online(config: TrainConfig, settings: CacheSettings, pretrained: Pretrained) -> TrainingData:
     scan = scan_data_file(config.data.kind, config.data.path)
     skipped = Skipped(scan.num_clips, config.data.max_skipped_share)
     for name, reason in scan.faults.items():

@@ -15,13 +15,13 @@ from mask2dit_jax.config import TrainConfig, read_config
 from mask2dit_jax.curate.encode import Encoders
 from mask2dit_jax.data.sources import Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.io.paths import ASSETS
-from mask2dit_jax.pretrained import named
+from mask2dit_jax.io import paths
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.training import setup
 from mask2dit_jax.training_data import open_training_data
 from tests.data.clips import make_clip
 
-TINY = ASSETS / "tiny"
+TINY = paths.ASSETS / "tiny"
 STAGES = {"pretrain": (pretrain, "pretrain.csv"), "sft": (sft, "sft.json")}
 
 
@@ -33,11 +33,12 @@ def configure(stage, path, **data):
 
 
 def model_of(config):
-    return setup.model_from_scratch(config, *named.encoder_configs(config.pretrained))
+    pretrained = Pretrained.open(config.pretrained)
+    return setup.model_from_scratch(config, pretrained.vae.config, pretrained.text_encoder.config)
 
 
 def open_data(config):
-    return open_training_data(config, config.pretrained, model_of(config))
+    return open_training_data(config, Pretrained.open(config.pretrained), model_of(config))
 
 
 def take(data, count=6, start=0, rows=range(4), seed=3):

@@ -28,6 +28,7 @@ class TransformerConfig(Protocol):
         text_tokens: text tokens of each scene, padding included.
         num_heads: attention heads; `mesh.tensor` divides them.
         head_dim: channels of a head.
+        sample_frames: pixel frames of one scene that the model was trained with.
         mask: attention mask variant, v1..v5 (ops/masks.py).
         attention: implementation of `ops.attention.api.attend`.
         remat: what the backward pass computes again, "none" for nothing.
@@ -40,6 +41,7 @@ class TransformerConfig(Protocol):
     text_tokens: int
     num_heads: int
     head_dim: int
+    sample_frames: int
     mask: str
     attention: str
     remat: str

@@ -4,7 +4,7 @@ import dataclasses
 
 from absl import logging
 
-from mask2dit_jax.config import RunConfig, TrainConfig
+from mask2dit_jax.config import RunConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.backbone import TransformerConfig
@@ -40,9 +40,8 @@ def scene_layout(config: RunConfig, model: TransformerConfig, vae: CodecConfig) 
     return model.layout((frames,) * config.num_scenes, config.height // space, config.width // space)
 
 
-def with_run_settings(model: TransformerConfig, config: RunConfig) -> TransformerConfig:
-    """Return the sizes of `model` with the mask, the attention and the rematerialisation that the config asks for."""
+def with_run_settings(model: TransformerConfig, config: RunConfig, remat: str = "none") -> TransformerConfig:
+    """Return `model` with the run's mask, attention and `remat`; warn if its weights were made with another mask."""
     if model.mask != config.mask:
         logging.warning("the weights were made with mask %s, this run uses %s (--config.mask)", model.mask, config.mask)
-    remat = config.remat if isinstance(config, TrainConfig) else "none"
     return dataclasses.replace(model, mask=config.mask, attention=config.attention, remat=remat)

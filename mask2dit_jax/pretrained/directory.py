@@ -77,11 +77,9 @@ def has_weights(directory: epath.PathLike, name: str) -> bool:
     return (folder / PARAMS).exists() or (folder.exists() and any(folder.glob("*.safetensors*")))
 
 
-def require_weights(directory: epath.PathLike, name: str, why: str) -> None:
-    """Raises UserError if the component has parameters and its folder none of them. `why` ends the message."""
-    has_parameters = jax.tree.leaves(COMPONENTS[name].module(load_config(directory, name)))
-    if has_parameters and not has_weights(directory, name):
-        raise UserError(f"{directory}/{name} holds no weights; {why}")
+def has_parameters(name: str, config) -> bool:
+    """Whether a component of this config has parameters at all: the lossless codec has none."""
+    return bool(jax.tree.leaves(COMPONENTS[name].module(config)))
 
 
 def load_config(directory: epath.PathLike, name: str):

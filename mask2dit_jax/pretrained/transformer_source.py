@@ -60,6 +60,11 @@ class TransformerSource:
             return read_transformer_config(stored_checkpoint.read_record(self.folder)["model"])
         return port.load_config(self.folder, "transformer")
 
+    def fingerprint(self) -> str:
+        """Return a hash that tells these weights from others; see `directory.fingerprint`."""
+        parts = ("params", "ema")[: 1 + self.is_ema] if self.is_checkpoint else ("transformer",)
+        return port.fingerprint(self.folder, parts)
+
     def load(self, abstract: nnx.State) -> nnx.State:
         """The parameters, in the dtypes and on the shardings of `abstract`."""
         if self.is_checkpoint:

@@ -1,7 +1,13 @@
-"""Generating one window of scenes: the denoising loop, in which some scenes may be known already."""
+"""Windows of scenes: the one denoising loop, and the one loop over the windows of stories.
+
+The first window is generated together, then the story grows by one scene at a time (paper, section 3.3). Every further
+scene is generated with finished scenes as its context (`story/windows.py` says which), so a window never grows. The
+latents of finished scenes are passed to the next window as they are. They are not decoded and encoded again, so
+nothing drifts for that reason.
+"""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -10,15 +16,25 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mask2dit_jax.axes import Array, Floats
+from mask2dit_jax.axes import Array, Floats, NpFloats
 from mask2dit_jax.diffusion import conditioning
 from mask2dit_jax.diffusion.guidance import guidance_scales, guide
 from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
+from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.mesh import make_mesh
+from mask2dit_jax.story.plan import in_words
+from mask2dit_jax.story.windows import Window
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]  # wraps steps, given their description; `tqdm` is one
+
+
+def no_progress(steps: Iterable[Any], description: str) -> Iterable[Any]:
+    """Report nothing."""
+    return steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +42,9 @@ class SamplingConfig:
     """How windows are generated.
 
     Attributes:
+        sampler: kind and number of steps.
         guidance, guidance_scale: see `diffusion.guidance`. A static scale of 1 makes no unconditional pass.
-        condition: known scenes are shown "noised" at t = 0 (as the released model was sampled) or "clean".
+        condition: whether known scenes are shown "noised" at t = 0, as in the authors' code, or "clean".
     """
 
     sampler: SamplerConfig
@@ -40,11 +57,12 @@ class SamplingConfig:
 
     @property
     def guided(self) -> bool:
+        """Whether each step makes an unconditional prediction as well."""
         return self.guidance != "static" or self.guidance_scale != 1
 
 
 class WindowSampler:
-    """Denoises windows of scenes. Each layout of scenes is compiled once, however many windows and seeds follow."""
+    """Denoises windows of scenes. Each layout is compiled once, however many windows, seeds and parameters follow."""
 
     def __init__(
         self,
@@ -54,7 +72,15 @@ class WindowSampler:
         config: SamplingConfig,
         mesh: Mesh | None = None,
     ):
-        """The parameters lie on `mesh` (the first device alone if not given); for `lower` they may be abstract."""
+        """Set up the sampler; nothing is compiled yet.
+
+        Args:
+            graph: of the transformer.
+            params: the transformer's parameters, on `mesh`; they may be abstract for `lower`.
+            schedule: noise schedule of the transformer.
+            config: how to sample.
+            mesh: devices to run on; the first device alone if not given.
+        """
         self._params, self._config, self._schedule = params, config, schedule
         self._mesh = mesh or make_mesh(devices=jax.devices()[:1])
         self._sampler = Sampler(config.sampler, schedule)
@@ -63,12 +89,14 @@ class WindowSampler:
 
     @property
     def num_steps(self) -> int:
+        """Number of denoising steps of a window."""
         return self._config.sampler.num_steps
 
     def conditions(self, latents: Floats["b f h w c"], key: Array) -> Floats["b f h w c"]:
-        """Known latents as the denoiser is to see them: clean, or noised at t = 0.
+        """Return known latents as the denoiser sees them, clean or noised at t = 0.
 
-        That noise has the precision of the model: in bfloat16, as the release is run, the 5B schedule has none.
+        The noise has the precision of the model. In bfloat16, the precision of the authors' code, the 5B schedule
+        rounds it to nothing.
         """
         if self._config.condition == "clean":
             return latents
@@ -88,32 +116,41 @@ class WindowSampler:
         *,
         layout: SceneLayout,
         key: Array,
-        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+        steps: Iterable[int] | None = None,
         on_step: Callable[[Array], None] = lambda latents: None,
     ) -> Floats["b f h w c"]:
-        """Latents of all scenes, those of the known ones as they came.
+        """Return the latents of all scenes; those of known scenes are unchanged.
 
         Args:
-            latents: of known scenes what the model is to be shown (`conditions`), of the others standard normal noise.
-            is_known: (s), the scenes that are held fixed and have t = 0.
-            key: of the noise that a stochastic sampler adds.
-            progress: wraps the steps, e.g. tqdm.
+            latents: for known scenes, what the model is shown (`conditions`); for the others, standard normal noise.
+            text: embeddings of the prompts.
+            negative_text: embeddings of the negative prompts; without guidance they are ignored.
+            is_known: (s), the scenes that are held fixed at t = 0.
+            layout: of the scenes.
+            key: decides the noise that a stochastic sampler adds.
+            steps: `range(num_steps)`, wrapped in whatever reports progress; None reports nothing.
             on_step: called with the latents after every step.
         """
         text = jnp.concatenate([negative_text, text]) if self._config.guided else text
-        # What jit sees must not differ from step to step or from window to window, or it compiles again.
+        # Placement must not change from step to step or from window to window, or jit compiles again.
         place = sharding.replicated(self._mesh)
         state, latents, text, key = jax.device_put((self._sampler.init(latents), latents, text, key), place)
         x = latents
         with jax.set_mesh(self._mesh):
-            for step in progress(range(self.num_steps)):
+            for step in range(self.num_steps) if steps is None else steps:
                 scale = np.float32(self._scales[step])
                 state, x = self._step(self._params, state, x, latents, text, is_known, scale, key, layout=layout)
                 on_step(x.block_until_ready())  # a step takes seconds; a progress bar that runs ahead would lie
         return x
 
     def lower(self, model: TransformerConfig, layout: SceneLayout, platform: str) -> jax.stages.Lowered:
-        """One step of the loop for one story, to be compiled for the devices of the mesh."""
+        """Lower one step of the loop for one story, ready to be compiled for the devices of the mesh.
+
+        Args:
+            model: sizes of the transformer.
+            layout: of the window.
+            platform: to compile for, such as "tpu".
+        """
         place = sharding.replicated(self._mesh)
         height, width = (side * model.patch_size for side in layout.grid)
         latents = jax.ShapeDtypeStruct((1, layout.num_frames, height, width, model.latent_channels), jnp.float32)
@@ -133,8 +170,89 @@ class WindowSampler:
             return traced.lower(lowering_platforms=(platform,))
 
 
+def generate_windows(
+    sampler: WindowSampler,
+    text: NpFloats["b n t x"],
+    negative_text: NpFloats["b n t x"],
+    *,
+    windows: Sequence[Window],
+    frames: Sequence[int],
+    scene_layout: Callable[[Sequence[int]], SceneLayout],
+    latent_shape: tuple[int, int, int],
+    key: Array,
+    latents: Sequence[MutableMapping[int, np.ndarray]],
+    progress: Progress = no_progress,
+) -> Iterator[Window]:
+    """Generate stories of one plan, and yield each window when its new scenes are in `latents`.
+
+    Windows whose new scenes are there from the start are not generated again. The result of a window depends on
+    nothing but the key, its texts, its frames and its context, so a story that is resumed later is the same story.
+
+    Args:
+        sampler: denoises the windows.
+        text: embedding of every scene's prompt, given scenes included; each row of the batch is a story.
+        negative_text: embedding of every scene's negative prompt.
+        windows: in the order of `plan_windows`.
+        frames: latent frames of every scene; they may differ.
+        scene_layout: returns the layout of scenes with the given numbers of latent frames.
+        latent_shape: (h w c) of a latent frame.
+        key: decides the stories. The noise of a window is folded from it and from the window's first new scene.
+        latents: for each story, the clean, scaled latents (f h w c) of its finished scenes. New ones are added. Give a
+            mapping that keeps them on disk, and memory does not grow with the story.
+        progress: wraps the denoising steps of each window.
+
+    Raises:
+        UserError: the latents of a window are not finite.
+    """
+    for window in windows:
+        if not all(scene in story for scene in window.new for story in latents):
+            layout = scene_layout([frames[scene] for scene in window.scenes])
+            known = [np.stack([story[scene] for story in latents]) for scene in window.known]
+            texts = (values[:, list(window.scenes)] for values in (text, negative_text))
+            window_key = jax.random.fold_in(key, window.new[0])
+            steps = progress(range(sampler.num_steps), f"scene {', '.join(str(scene + 1) for scene in window.new)}")
+            result = _generate_window(sampler, known, *texts, layout, latent_shape, window_key, steps)
+            if not np.isfinite(result).all():
+                raise UserError(
+                    f"{in_words(window.new)}: the latents are NaN or infinite and are not kept; look for damage in the "
+                    "transformer's weights, or compute in float32"
+                )
+            for scene, part in zip(window.new, layout.frame_slices[len(known) :], strict=True):
+                for story, row in zip(latents, result, strict=True):
+                    story[scene] = row[part]
+        yield window
+
+
+def _generate_window(
+    sampler: WindowSampler,
+    known: list[NpFloats["b _f h w c"]],
+    text: NpFloats["b s t x"],
+    negative_text: NpFloats["b s t x"],
+    layout: SceneLayout,
+    latent_shape: tuple[int, int, int],
+    key: Array,
+    steps: Iterable[int],
+) -> NpFloats["b f h w c"]:
+    """Return the latents of all scenes of a window, of which the first ones are known."""
+    start_key, condition_key, step_key = jax.random.split(key, 3)
+    num_new = sum(layout.frames[len(known) :])
+    parts = [jax.random.normal(start_key, (len(text), num_new, *latent_shape))]
+    if known:
+        parts.insert(0, sampler.conditions(jnp.concatenate(known, axis=1), condition_key))
+    result = sampler(
+        jnp.concatenate(parts, axis=1),
+        jnp.asarray(text),
+        jnp.asarray(negative_text),
+        np.arange(layout.num_scenes) < len(known),
+        layout=layout,
+        key=step_key,
+        steps=steps,
+    )
+    return np.asarray(result)
+
+
 def make_denoise_step(graph: nnx.GraphDef, sampler: Sampler, *, guided: bool):
-    """One step of the loop, to be jitted with `layout` static; the step number and the guidance scale are data."""
+    """Return one step of the loop, to be jitted with `layout` static. Step number and guidance scale are traced."""
 
     def denoise_step(params, state, x, known, text, is_known, scale, key, *, layout: SceneLayout):
         timesteps = jnp.where(is_known, 0, sampler.timestep(state))

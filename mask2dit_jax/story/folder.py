@@ -49,7 +49,7 @@ class StoryFolder:
     display: str
     run: Mapping[str, object]
 
-    def say_what_is_there(self) -> None:
+    def log_contents(self) -> None:
         """Before anything is done: scenes that will be kept, and, as a warning, those that will be replaced."""
         numbers = range(len(self.plan.frames))
         kept = [number for number in numbers if number in self.scenes]
@@ -87,7 +87,7 @@ class StoryFolder:
         return all(number in self.scenes for number in range(len(self.plan.frames)))
 
     def is_shown(self, number: int) -> bool:
-        return self.scenes.shown(number, self.display) is not None and self.video(number).exists()
+        return self.scenes.is_shown(number, self.display) and self.video(number).exists()
 
     def show(self, number: int, frames: Iterable[UInt8[np.ndarray, "h w 3"]]) -> None:
         """Writes the video of a scene from its frames, one by one."""

@@ -79,7 +79,14 @@ class StoryPlan:
 
     @property
     def guided(self) -> bool:
+        """Whether negative prompts are used."""
         return bool(self.negatives)
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts that are embedded: every scene's prompt and, with guidance, its negative prompt."""
+        scenes = self.story.scenes
+        return [scene.prompt for scene in scenes] + [scene.negative for scene in scenes if self.guided]
 
     def origin(self, number: int) -> str:
         """Where scene `number` comes from, in words."""

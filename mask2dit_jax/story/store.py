@@ -1,10 +1,13 @@
-"""The finished scenes of a story, on disk: what a run that was killed goes on from.
+"""The finished scenes of a story on disk, from which a run that was killed resumes.
 
-    OUT/latents/scene_01.npz    latents (f h w c), and the fingerprint of what made them
-                                once it has been shown: a few frames and the statistics of all
+    OUT/latents/scene_01.npz    latents (f h w c), and the fingerprint of everything that decided them;
+                                once the scene has been shown, also a few of its frames and the statistics of all
 
-A fingerprint covers everything that the latents depend on, the fingerprints of the context among it. So whoever edits
-scene 4, or adds scenes at the end, has only those made again that come out otherwise.
+The fingerprint of a scene includes those of its context. So if scene 4 is edited, or scenes are added at the end, only
+the scenes that change are made again.
+
+Each array of an .npz file is read by itself. What is asked of a finished story, such as which scenes are there, reads a
+fingerprint of a few bytes and leaves the latents alone.
 """
 
 import dataclasses
@@ -27,29 +30,42 @@ FORMAT = 1  # raise it when the same settings make other latents
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """What is kept of a scene's frames: a few of them, and what `story.statistics` measured."""
+    """What is kept of a scene's frames.
 
-    frames: np.ndarray  # uint8 (f h w 3)
+    Attributes:
+        frames: a few of them, uint8 (f h w 3).
+        statistics: what `story.statistics` measured over all of them.
+    """
+
+    frames: np.ndarray
     statistics: Mapping[str, float]
 
 
 class StoryLatents(MutableMapping[int, np.ndarray]):
-    """Latents of scenes by their number, as `generate_story` takes them. Nothing but the folder is remembered.
+    """Maps scene numbers to latents, as `StoryEngine.generate` takes them. Nothing is kept in memory.
 
-    Scenes that other settings made count as not there; they are replaced when the new ones are done.
+    Scenes that were made with other settings count as missing; each is replaced when its new latents are done.
     """
 
     def __init__(self, folder: epath.PathLike, fingerprints: Sequence[str]):
+        """Name the folder and what its scenes must have been made with.
+
+        Args:
+            folder: local or gs://; it need not exist yet.
+            fingerprints: of every scene.
+        """
         self._folder, self._fingerprints = epath.Path(folder), fingerprints
 
     def __setitem__(self, scene: int, latents: np.ndarray) -> None:
         self._write(scene, latents=np.asarray(latents))
 
     def __getitem__(self, scene: int) -> np.ndarray:
-        stored = self._read(scene)
-        if stored is None:
-            raise KeyError(scene)
-        return stored["latents"]
+        stored = self._read(scene, "latents")
+        if stored is not None:
+            return stored["latents"]
+        if scene in self:
+            raise UserError(f"{self._path(scene)} is damaged; delete it, and the scene is made again")
+        raise KeyError(scene)
 
     def __contains__(self, scene: object) -> bool:
         return self._read(scene) is not None
@@ -64,20 +80,29 @@ class StoryLatents(MutableMapping[int, np.ndarray]):
         self._path(scene).unlink()
 
     def has_file(self, scene: int) -> bool:
-        """Also one that other settings made, or a damaged one, which will be replaced."""
+        """Whether there is a file at all, even one that is damaged or was made with other settings."""
         return self._path(scene).exists()
 
     def show(self, scene: int, display: str, shown: Shown) -> None:
-        """Keeps what is left of a scene's frames when its video is written; `display` says how they were made."""
+        """Store what is kept of a scene's frames once its video is written.
+
+        Args:
+            scene: its number.
+            display: says how the frames were made from the latents.
+            shown: what to keep.
+        """
         statistics = np.array(json.dumps(shown.statistics))
         self._write(scene, latents=self[scene], display=np.array(display), frames=shown.frames, statistics=statistics)
 
+    def is_shown(self, scene: int, display: str) -> bool:
+        """Whether the scene has been shown in the way that `display` says."""
+        stored = self._read(scene, "display")
+        return stored is not None and str(stored["display"]) == display
+
     def shown(self, scene: int, display: str) -> Shown | None:
-        """None if the scene has not been shown, or in another way."""
-        stored = self._read(scene)
-        if stored is None or str(stored.get("display")) != display:
-            return None
-        return Shown(stored["frames"], json.loads(str(stored["statistics"])))
+        """Return what is kept of the scene's frames; None if it has not been shown, or not in this way."""
+        stored = self._read(scene, "frames", "statistics") if self.is_shown(scene, display) else None
+        return stored and Shown(stored["frames"], json.loads(str(stored["statistics"])))
 
     def _path(self, scene: int) -> epath.Path:
         return self._folder / f"scene_{scene + 1:02d}.npz"
@@ -88,23 +113,27 @@ class StoryLatents(MutableMapping[int, np.ndarray]):
         with atomic_output(self._path(scene)) as partial:
             partial.write_bytes(buffer.getvalue())
 
-    def _read(self, scene: int) -> dict[str, np.ndarray] | None:
-        """None if there is no file, if it is damaged, or if other settings made it."""
+    def _read(self, scene: int, *names: str) -> dict[str, np.ndarray] | None:
+        """Read some arrays of a scene. None if a part is missing or damaged, or if other settings made the scene."""
         try:
-            with np.load(io.BytesIO(self._path(scene).read_bytes())) as stored:
+            with self._path(scene).open("rb") as file, np.load(file) as stored:
                 if str(stored["fingerprint"]) != self._fingerprints[scene]:
                     return None
-                return dict(stored)
+                return {name: stored[name] for name in names}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
 
 def fingerprints(plan: StoryPlan, settings: Mapping[str, object], given: Mapping[str, object]) -> list[str]:
-    """Of every scene: a hash of what decides its latents.
+    """Return a hash of everything that decides the latents of each scene.
 
     Args:
-        settings: what the plan does not say of generated scenes: transformer, text encoder, sampler, seed, ...
-        given: what it does not say of given scenes: VAE, size, seed, ...
+        plan: of the story.
+        settings: what generated scenes depend on beside the plan: transformer, text encoder, sampler, seed, ...
+        given: what given scenes depend on beside the plan: VAE, size, seed, ...
+
+    Raises:
+        UserError: the file of a given scene is missing.
     """
     made: dict[int, str] = {}
     story, frames = plan.story, plan.frames

@@ -45,7 +45,7 @@ def train_program(
         UserError: sizes, batch or tokens do not fit the models or the mesh.
     """
     lora = config.lora if config.lora.rank else None
-    model = dataclasses.replace(sizes.with_run_settings(model, config), lora=lora)
+    model = dataclasses.replace(sizes.with_run_settings(model, config, config.remat), lora=lora)
     layout = sizes.scene_layout(config, model, vae)
     objective = Objective(
         NoiseSchedule(schedule), layout, vae.scaling_factor, config.condition_probability, config.condition

@@ -11,6 +11,7 @@ from mask2dit_jax.models.space_to_depth import SpaceToDepth, SpaceToDepthConfig
 from mask2dit_jax.models.vae import VAE, VAEConfig
 from mask2dit_jax.pretrained.directory import load_config
 from mask2dit_jax.pretrained.encoders import VideoCodec
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.pretrained.safetensors import write_json
 
 CONFIG = SpaceToDepthConfig(2, scaling_factor=1.5, sample_height=4, sample_width=6)
@@ -25,7 +26,7 @@ def pretrained(tmp_path):
 
 def test_bytes_survive_the_way_there_and_back(pretrained):
     frames = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3)).astype(np.uint8)
-    door = VideoCodec(pretrained, np.float32)
+    door = VideoCodec(Pretrained.open(pretrained), np.float32)
     latents = door.sample(frames.astype(np.float32) / 127.5 - 1, jax.random.key(0))
     assert latents.shape == (3, 2, 3, 12)
     np.testing.assert_array_equal(door.decode(latents), frames)
@@ -33,7 +34,7 @@ def test_bytes_survive_the_way_there_and_back(pretrained):
 
 def test_a_latent_is_a_square_of_pixels(pretrained):
     pixels = np.arange(4 * 6 * 3, dtype=np.float32).reshape(1, 4, 6, 3)
-    mean, logvar = VideoCodec(pretrained, np.float32).encode(pixels)
+    mean, logvar = VideoCodec(Pretrained.open(pretrained), np.float32).encode(pixels)
     np.testing.assert_array_equal(mean[0, 1, 2], pixels[0, 2:4, 4:6].reshape(-1))
     assert logvar.max() < -20
 

@@ -13,8 +13,7 @@ from mask2dit_jax.models import cogvideox, port_vae, t5
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.models.t5 import T5Config, T5Encoder
 from mask2dit_jax.models.vae import VAE, VAEConfig
-from mask2dit_jax.sampling.extension import generate_story
-from mask2dit_jax.sampling.window import SamplingConfig, WindowSampler
+from mask2dit_jax.sampling.window import SamplingConfig, WindowSampler, generate_windows
 from mask2dit_jax.story.windows import plan_windows
 from tests.parity.cases import assert_close, cases, load, to_channels_last
 
@@ -47,8 +46,8 @@ class Pipeline:
         return jnp.broadcast_to(embeds, (self.layout.num_scenes, *embeds.shape[1:]))[None]
 
     def text(self, name: str) -> np.ndarray:
-        """Return (s t x), as stories store it."""
-        return np.asarray(self.prompt_embeds(name)[0])
+        """Return (b s t x), as stories store it."""
+        return np.asarray(self.prompt_embeds(name))
 
     def run(self, noise, given=(), condition_noise=None):
         """Sample a story of one window; check the latents of every step and the decoded frames at the end.
@@ -66,7 +65,7 @@ class Pipeline:
         sampler.noise, sampler.condition_noise = noise, condition_noise
         num_scenes = self.layout.num_scenes
         latents = dict(enumerate(given))
-        story = generate_story(
+        story = generate_windows(
             sampler,
             self.text("prompt"),
             self.text("negative_prompt"),
@@ -75,7 +74,7 @@ class Pipeline:
             scene_layout=lambda frames: SceneLayout(tuple(frames), self.layout.grid, self.layout.text_tokens),
             latent_shape=noise.shape[2:],
             key=jax.random.key(0),
-            latents=latents,
+            latents=[latents],
         )
         (window,) = story
         steps, result = sampler.steps, sampler.steps[-1]

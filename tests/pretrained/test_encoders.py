@@ -13,9 +13,10 @@ from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.paths import ASSETS
 from mask2dit_jax.models.vae import VAE, VAEConfig
 from mask2dit_jax.parallel.mesh import local_mesh
-from mask2dit_jax.pretrained import encoders
+from mask2dit_jax.pretrained import directory, encoders
 from mask2dit_jax.pretrained.directory import save_diffusers
 from mask2dit_jax.pretrained.encoders import TextEncoder, VideoCodec, to_uint8
+from mask2dit_jax.pretrained.pretrained import Pretrained
 
 TINY = ASSETS / "tiny"
 
@@ -36,7 +37,7 @@ def make_codec(tmp_path_factory):
     def make(chunking: str = "mask2dit", devices: int = 1) -> VideoCodec:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(encoders, "local_mesh", lambda tiles: local_mesh(tiles, jax.devices()[:devices]))
-            return VideoCodec(folder, np.float32, chunking)
+            return VideoCodec(Pretrained.open(folder), np.float32, chunking)
 
     return make
 
@@ -94,15 +95,15 @@ def test_nothing_to_decode_is_refused(make_codec):
 @pytest.fixture
 def loads(monkeypatch) -> list:
     """Components whose weights are read."""
-    read, names = encoders.load_component, []
+    read, names = directory.load_component, []
     monkeypatch.setattr(
-        encoders, "load_component", lambda folder, name, *a, **k: (names.append(name), read(folder, name, *a, **k))[1]
+        directory, "load_component", lambda folder, name, *a, **k: (names.append(name), read(folder, name, *a, **k))[1]
     )
     return names
 
 
 def embed(cache, prompts=("a fox", "an owl"), pretrained=TINY, text_tokens=8, dtype=jnp.float32):
-    return TextEncoder(pretrained, text_tokens, dtype, cache)(prompts)
+    return TextEncoder(Pretrained.open(pretrained), text_tokens, dtype, cache)(prompts)
 
 
 def test_prompts_known_need_no_text_encoder(tmp_path, loads):

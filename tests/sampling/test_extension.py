@@ -17,8 +17,7 @@ from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.ops import positions
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.parallel.mesh import make_mesh
-from mask2dit_jax.sampling.extension import generate_story
-from mask2dit_jax.sampling.window import SamplingConfig, WindowSampler
+from mask2dit_jax.sampling.window import SamplingConfig, WindowSampler, generate_windows
 from mask2dit_jax.story.windows import plan_windows
 
 CONFIG = DiTConfig(2, 16, 1, 4, time_embed_dim=16, text_embed_dim=8, text_tokens=5, sample_height=4, sample_width=6,
@@ -75,10 +74,11 @@ def story(sampler, num_scenes=5, seed=0, given=(), frames=(), anchor=False, late
     latents = {} if latents is None else latents
     latents.update(enumerate(map(np.asarray, given)))
     windows = plan_windows(num_scenes, 3, len(given), anchor=anchor)
-    made = generate_story(
-        sampler, text[1:], np.repeat(text[:1], num_scenes, 0), windows=windows, frames=frames or [2] * num_scenes,
+    made = generate_windows(
+        sampler, text[None, 1:], np.repeat(text[None, :1], num_scenes, 1),
+        windows=windows, frames=frames or [2] * num_scenes,
         scene_layout=lambda frames: CONFIG.layout(tuple(frames), 4, 6), latent_shape=SHAPE[1:],
-        key=jax.random.key(seed), latents=latents,
+        key=jax.random.key(seed), latents=[latents],
     )  # fmt: skip
     return {scene: latents[scene] for window in made for scene in window.new}
 
@@ -240,9 +240,9 @@ def test_every_scene_has_its_own_negative_prompt():
     for change in (0, 1):
         negative[0] += change
         sampler, latents = recording(guidance_scale=3.0, mask="v1"), {}
-        list(generate_story(
-            sampler, text, negative, windows=plan_windows(3, 3), frames=[2] * 3, latent_shape=SHAPE[1:],
-            scene_layout=lambda frames: CONFIG.layout(tuple(frames), 4, 6), key=jax.random.key(0), latents=latents,
+        list(generate_windows(
+            sampler, text[None], negative[None], windows=plan_windows(3, 3), frames=[2] * 3, latent_shape=SHAPE[1:],
+            scene_layout=lambda frames: CONFIG.layout(tuple(frames), 4, 6), key=jax.random.key(0), latents=[latents],
         ))  # fmt: skip
         made.append(latents)
     assert np.abs(made[0][0] - made[1][0]).max() > 0.01
@@ -258,6 +258,6 @@ def test_latents_that_are_no_numbers_are_not_kept():
             return result if len(self.windows) < 3 else result * np.nan
 
     latents = {}
-    with pytest.raises(UserError, match=r"scene 5: the latents are no numbers .* are not kept; look for damage"):
+    with pytest.raises(UserError, match=r"scene 5: the latents are NaN or infinite and are not kept; look for damage"):
         story(Broken(), latents=latents)
     assert sorted(latents) == [0, 1, 2, 3]

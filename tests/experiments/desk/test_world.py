@@ -9,6 +9,7 @@ from experiments.desk import desk_data, world
 from mask2dit_jax.data.sources import read_pretrain_csv, read_sft_json
 from mask2dit_jax.media.video_reader import read_frames
 from mask2dit_jax.pretrained.encoders import VideoCodec
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.pretrained.tokenizer import load_tokenizer, tokenize
 
 
@@ -78,7 +79,7 @@ def test_pretraining_clips_are_the_same_scenes_with_a_last_frame_to_spare(folder
 
 
 def test_the_codec_is_lossless_and_its_latents_have_about_unit_variance(folder):
-    codec = VideoCodec(folder / "pretrained", np.float32)
+    codec = VideoCodec(Pretrained.open(folder / "pretrained"), np.float32)
     latents = []
     for scene in world.ALL_SCENES[::7]:
         mean, _ = codec.encode(world.render(scene).astype(np.float32) / 127.5 - 1)

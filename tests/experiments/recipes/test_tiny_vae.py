@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mask2dit_jax.io.paths import ASSETS
 from mask2dit_jax.media.transforms import fit_frames
 from mask2dit_jax.media.video_reader import read_frames
 from mask2dit_jax.pretrained.encoders import VideoCodec
+from mask2dit_jax.pretrained.pretrained import Pretrained
 
 # What experiments/recipes/tiny_vae.py holds out: the fourth shot of one video, the last third of the other.
 HELD_OUT = {"bikes.mp4": range(137, 187), "bigbuckbunny.mp4": range(88, 132)}
@@ -17,7 +17,7 @@ HELD_OUT = {"bikes.mp4": range(137, 187), "bigbuckbunny.mp4": range(88, 132)}
 
 @pytest.fixture(scope="module")
 def codec():
-    return VideoCodec(ASSETS / "tiny", np.float32)
+    return VideoCodec(Pretrained.open("tiny"), np.float32)
 
 
 def psnr(codec, name: str, stride: int) -> float:
