@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from mask2dit_jax.axes import Floats, Ints
+from mask2dit_jax.config import LoRAConfig
 from mask2dit_jax.diffusion.schedule import PREDICTION_TYPE
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.architecture import Architecture
-from mask2dit_jax.models.lora import LoRAConfig
 
 TRAINING_PASSES = 3  # forward passes that a training step costs: values, gradients of inputs, gradients of weights
 

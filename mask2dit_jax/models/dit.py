@@ -18,9 +18,10 @@ from flax import nnx
 from jaxtyping import Float
 
 from mask2dit_jax.axes import Floats, Ints, NpInts
+from mask2dit_jax.config import LoRAConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
-from mask2dit_jax.models.lora import AdaptedLinear, LoRAConfig
+from mask2dit_jax.models.lora import AdaptedLinear
 from mask2dit_jax.ops import positions
 from mask2dit_jax.ops.attention.api import attend
 from mask2dit_jax.ops.attention.residuals import RESIDUALS

@@ -28,7 +28,7 @@ def model_from_scratch(config: TrainConfig, vae: CodecConfig, text_encoder: T5Co
 def stored_model(source: TransformerSource, wanted: TransformerConfig, config: TrainConfig) -> TransformerConfig:
     """Return the sizes that stored weights bring, and log which sizes of `config.model` they overrule."""
     stored = source.config()
-    names = [field.name for field in dataclasses.fields(config.model)]
+    names = [field.name for field in dataclasses.fields(config.model) if hasattr(stored, field.name)]
     overruled = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
     if overruled:
         changed = ", ".join(f"{name} {getattr(stored, name)}, not {getattr(wanted, name)}" for name in overruled)

@@ -11,22 +11,23 @@ from einops import rearrange
 from flax import nnx
 from safetensors.numpy import load_file
 
-from mask2dit_jax.diffusion.samplers import SamplerConfig
+from mask2dit_jax.config import LoRAConfig, OptimizerConfig, SamplerConfig, TrainConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models import registry
 from mask2dit_jax.models.backbone import Backbone, TransformerConfig
 from mask2dit_jax.models.cogvideox import COGVIDEOX
-from mask2dit_jax.models.lora import LoRAConfig
 from mask2dit_jax.models.port_rules import LINEAR, Rule, flatten
+from mask2dit_jax.models.t5 import T5Config
+from mask2dit_jax.models.vae import VAEConfig
 from mask2dit_jax.parallel.mesh import TENSOR, WEIGHTS, make_mesh
 from mask2dit_jax.parallel.sharding import P
 from mask2dit_jax.pretrained import stored_checkpoint
 from mask2dit_jax.pretrained.directory import save_diffusers
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
 from mask2dit_jax.sampling.window import SamplingConfig, WindowSampler
-from mask2dit_jax.training.optimizer import OptimizerConfig
+from mask2dit_jax.training import setup
 from mask2dit_jax.training.program import TrainProgram, global_batch
 from mask2dit_jax.training.step import Objective
 
@@ -153,21 +154,31 @@ def test_it_is_read_from_a_checkpoint(params, tmp_path):
     assert_same(source.stored(), params)
 
 
-def test_it_trains_a_step_on_a_mesh(params):
-    objective = Objective(SCHEDULE, LAYOUT, 1.0, condition_probability=0.5)
-    optimizer = OptimizerConfig(warmup_steps=0, learning_rate=1e-2)
-    program = TrainProgram(mesh_of(fsdp=2, context=1, tensor=2), CONFIG, objective, optimizer, 2, dtype=jnp.float32)
-    assert program.flops == 2 * 3 * MIXER.matmul_flops(CONFIG, LAYOUT)
+def test_it_trains_a_step_on_a_mesh_as_a_config_says(params, tmp_path):
+    config = TrainConfig(
+        num_scenes=3,
+        num_frames=5,
+        height=32,
+        width=32,
+        global_batch_size=2,
+        compute_dtype="float32",
+        optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1e-2),
+    )
+    save_diffusers(tmp_path, "transformer", CONFIG, params)
+    source, vae = TransformerSource.require(tmp_path), VAEConfig(latent_channels=4)
+    model = setup.stored_model(source, setup.model_from_scratch(config, vae, T5Config.tiny()), config)
+    assert type(model) is MixerConfig
+    program = setup.train_program(config, mesh_of(fsdp=2, context=1, tensor=2), model, vae, SCHEDULE.config)
+    assert program.flops == 2 * 3 * MIXER.matmul_flops(CONFIG, program.objective.layout)
     rng = np.random.default_rng(0)
     batch = {name: rng.standard_normal(x.shape, np.float32) for name, x in program.abstract_batch.items()}
     with jax.set_mesh(program.mesh):
-        state = program.start(program.random_params())
+        state = program.start(source.load(program.abstract_params))
         assert state.params["patch"]["kernel"].sharding.spec == P(("fsdp", "context"), "tensor")
-        before = jax.tree.map(np.asarray, state.params)
         state, metrics = program.step(state, global_batch(batch, program.abstract_batch, [0, 1]))
     assert np.isfinite(metrics["loss"])
     assert metrics["is_updated"]
-    changed = jax.tree.map(lambda ours, theirs: bool((np.asarray(ours) != theirs).any()), state.params, before)
+    changed = jax.tree.map(lambda ours, theirs: bool((np.asarray(ours) != theirs).any()), state.params, params)
     assert all(jax.tree.leaves(changed))
 
 
