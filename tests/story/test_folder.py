@@ -58,12 +58,12 @@ def test_in_a_bucket(tmp_path, monkeypatch):
 def test_what_is_there_is_said_before_it_is_replaced(finished, caplog):
     caplog.set_level("INFO")
     folder_of(finished).log_contents()
-    assert caplog.messages == [f"{finished}: made already: scenes 1-4"]
+    assert caplog.messages == [f"{finished}: finished already: scenes 1-4"]
     caplog.clear()
     other = folder_of(finished, seed=1)
     make(other, 0)
     other.log_contents()
-    assert caplog.messages[0] == f"{finished}: made already: scene 1"
+    assert caplog.messages[0] == f"{finished}: finished already: scene 1"
     assert caplog.messages[1].startswith(f"{finished}: to be replaced: scenes 2-4, made with other settings or damaged")
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
 
