@@ -136,7 +136,7 @@ def test_another_schedule_is_another_story(commands, story, pretrain_workdir, tm
     assert "replaced" not in commands.succeed("sample", *asked).stderr
     path.write_text(json.dumps(json.loads(path.read_text()) | {"snr_shift_scale": 2.0}))
     told = commands.succeed("sample", *asked).stderr
-    assert "made already: scene 1\n" in told
+    assert "finished already: scene 1\n" in told
     assert "to be replaced: scenes 2-4, made with other settings" in told
 
 
