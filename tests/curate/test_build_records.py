@@ -18,20 +18,17 @@ from etils import epath
 
 from mask2dit_jax.curate import build_records as building
 from mask2dit_jax.curate.build_records import SceneLatents
-from mask2dit_jax.curate.encode import Encoders, encode_clip
 from mask2dit_jax.data import latents
+from mask2dit_jax.data.encode import Encoders, encode_clip
 from mask2dit_jax.data.frames import SftSampling
-from mask2dit_jax.data.latent_cache import CacheSettings
-from mask2dit_jax.data.latents import RecordShapes, SceneRecords
-from mask2dit_jax.data.scene_store import UnreadableScene
-from mask2dit_jax.data.skipped import Skipped
-from mask2dit_jax.data.sources import Clip, Group, Scan
+from mask2dit_jax.data.latents import LatentSettings, RecordShapes, SceneRecords, UnreadableScene
+from mask2dit_jax.data.sources import Clip, Group, Scan, Skipped
 from mask2dit_jax.errors import UserError
 from tests.bucket import buckets_in
 from tests.data.clips import GREY_STEP, make_clip
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = CacheSettings(
+SETTINGS = LatentSettings(
     SftSampling(5, 1, 2), size=(16, 16), variants=2, seed=0, max_tokens=4, encoders="stub", compute_dtype="float32"
 )
 SHAPES = RecordShapes((5, 1, 1, 2), (4, 8))
