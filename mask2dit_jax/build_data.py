@@ -26,7 +26,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from mask2dit_jax import config as run_config
-from mask2dit_jax.curate.build_records import SceneLatents, build_together
+from mask2dit_jax.curate.build_records import SceneLatents
 from mask2dit_jax.curate.check import check_clips
 from mask2dit_jax.curate.demo import DEMO_CAPTIONS, demo_videos
 from mask2dit_jax.curate.shot_dataset import build_dataset, read_captions
@@ -134,7 +134,7 @@ def encode(config: ConfigDict, data_file: str, output: str) -> None:
         lambda clip: encode_clip(clip, settings, encoders()),
         Skipped(scan.num_clips, config.data.max_skipped_share),
     )
-    build_together(builder)
+    training_data.build_together(builder)
     if jax.process_index() == 0:
         index = Index.read(epath.Path(output))
         print(f"{len(index.clips)} of {scan.num_clips} clips encoded in {output}, {len(index.skipped)} skipped")

@@ -11,8 +11,6 @@ builder tells TFDS what it asks a builder for (features, shards), and writes the
 * TFDS's metadata and the index come last, made from the reports, when every shard is there.
 """
 
-import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -20,47 +18,32 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import jax
 import ml_dtypes
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
-from jax.experimental import multihost_utils
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
+from mask2dit_jax.curate.known_records import (
+    REPORT_FILE,
+    SHARD_FILE,
+    Known,
+    read_report,
+    records_of_data_sets,
+    records_of_shard,
+)
 from mask2dit_jax.data import latents
 from mask2dit_jax.data.encode import EncodedClip
 from mask2dit_jax.data.latents import SPLIT, Index, LatentSettings, RecordShapes, Shard, clip_key, source_stamp
 from mask2dit_jax.data.sources import Clip, Scan, Skipped, printable
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import atomic_output, remove_leftovers
-from mask2dit_jax.parallel import distributed
 
 _SHARD_BYTES = 512 << 20  # the work that a kill may cost; larger files would be no faster to read
 _LEAST_SHARDS = 64  # as many processes can share the work, if there are as many clips
 
 EncodeClip = Callable[[Clip], EncodedClip]
-Known = Mapping[tuple[str, str], "Place"]  # by the clip's key and its video's stamp
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """The records of one clip in a finished shard, and what the shard's report says of the clip."""
-
-    path: epath.Path
-    records: range
-    outcome: Mapping
-
-    def read(self) -> list[bytes] | None:
-        """Read the records as they are stored; None if they cannot be read."""
-        try:
-            reader = array_record_module.ArrayRecordReader(os.fspath(self.path), "readahead_buffer_size:0")
-            with contextlib.closing(reader):
-                return reader.read(list(self.records))
-        except (RuntimeError, ValueError, IndexError, OSError):
-            return None
 
 
 class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -188,7 +171,9 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
             name=SPLIT,
             shard_lengths=[shard.num_records for shard in index.shards],
             num_bytes=sum(shard.num_bytes for shard in index.shards),
-            filename_template=self._template,
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=self._folder, dataset_name=self.name, split=SPLIT, filetype_suffix="array_record"
+            ),
         )
         self.info.set_splits(tfds.core.SplitDict([split]))
         try:
@@ -215,23 +200,20 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
             with atomic_output(path) as partial:
                 partial.write_text(json.dumps(claim, indent=2) + "\n")
 
-    @property
-    def _template(self) -> tfds.core.ShardedFileTemplate:
-        return tfds.core.ShardedFileTemplate(
-            data_dir=self._folder, dataset_name=self.name, split=SPLIT, filetype_suffix="array_record"
-        )
-
     def _path(self, number: int) -> epath.Path:
-        return self._template.sharded_filepath(shard_index=number, num_shards=len(self._shards))
+        return self._folder / SHARD_FILE.format(self._part(number))
+
+    def _part(self, number: int) -> str:
+        return f"{number:05d}-of-{len(self._shards):05d}"
 
     def _shard(self, number: int, report: Mapping) -> Shard:
         return Shard(self._path(number).name, report["bytes"], report["records"])
 
     def _report_path(self, number: int) -> epath.Path:
-        return self._folder / f"shard-{number:05d}-of-{len(self._shards):05d}.json"
+        return self._folder / REPORT_FILE.format(self._part(number))
 
     def _report(self, number: int) -> dict | None:
-        return _read_report(self._report_path(number))
+        return read_report(self._report_path(number))
 
     def _unfinished(self, numbers: Sequence[int]) -> list[int]:
         finished = latents.in_parallel(self._is_finished, numbers)
@@ -248,8 +230,7 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _write_shard(self, number: int, progress: tqdm) -> None:
         path, shard = self._path(number), self._shards[number]
         remove_leftovers(self._folder, path.name)
-        before = self._report(number)
-        known = {**self._known, **(self._places(self._folder, self._shard(number, before), before) if before else {})}
+        known = self._known | records_of_shard(self._report_path(number), self._settings)
         self._report_path(number).unlink(missing_ok=True)  # it describes the file that is replaced now
         with atomic_output(path) as partial:
             num_records = self._write_records(partial, shard(progress, known))
@@ -275,33 +256,8 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
         return num_records
 
     @functools.cached_property
-    def _known(self) -> dict[tuple[str, str], Place]:
-        """The records that the data sets `reuse` lend."""
-        known = {}
-        for folder in self._reuse:
-            try:
-                lends = latents.read_settings(folder) == self._settings.describe()
-            except UserError:
-                continue
-            for path in folder.glob("shard-*.json") if lends else ():
-                report = _read_report(path)
-                name = path.name.removeprefix("shard-").removesuffix(".json")
-                if report is not None:
-                    shard = Shard(f"{self.name}-{SPLIT}.array_record-{name}", report["bytes"], report["records"])
-                    known.update(self._places(folder, shard, report))
-        return known
-
-    def _places(self, folder: epath.Path, shard: Shard, report: Mapping) -> dict[tuple[str, str], Place]:
-        if not latents.is_whole(folder, shard):
-            return {}
-        places, first, count = {}, 0, max(1, self._settings.variants)
-        for outcome in report["clips"]:
-            if "skipped" not in outcome:
-                records = range(first, first + count)
-                if "key" in outcome:  # reports of older versions have none
-                    places[outcome["key"], outcome["source"]] = Place(folder / shard.file, records, outcome)
-                first += count
-        return places
+    def _known(self) -> Known:
+        return records_of_data_sets(self._reuse, self._settings)
 
 
 class ShardOfClips:
@@ -317,10 +273,10 @@ class ShardOfClips:
         self.outcomes = []
         for clip in self.clips:
             outcome = {"name": printable(clip.name), "key": clip_key(clip), "source": source_stamp(clip)}
-            place = known.get((outcome["key"], outcome["source"]))
-            records = place and place.read()
+            stored = known.get((outcome["key"], outcome["source"]))
+            records = stored and stored.read()
             if records:
-                outcome.update(place.outcome)
+                outcome.update(stored.outcome)
                 yield from records
             else:
                 try:
@@ -350,31 +306,6 @@ class ShardOfClips:
             yield {**common, **moments, "variant": variant, "start": start, "stride": stride}
 
 
-def build_together(builder: SceneLatents) -> None:
-    """Build a data set with all processes of this job, each its share; it is complete when this returns.
-
-    Raises:
-        UserError: this process cannot write, or too many of its clips cannot be used; or, on every process alike, the
-            data set cannot be completed.
-    """
-    number, count = jax.process_index(), jax.process_count()
-    builder.download_and_prepare(process_index=number, process_count=count)
-    failure = ""
-    if count > 1:
-        multihost_utils.sync_global_devices("encoded")
-    if number == 0:
-        try:
-            if count > 1:  # a network disk may not show everything yet; what seems to be missing is written again
-                builder.download_and_prepare()
-            builder.finish()
-        except UserError as error:
-            failure = str(error)
-    if count > 1:
-        failure = distributed.gather_json(failure)[0]
-    if failure:
-        raise UserError(failure)
-
-
 def describe_data_set(settings: LatentSettings, shapes: RecordShapes, scan: Scan) -> dict:
     """Return everything that decides a data set but the videos: what its settings.json holds."""
     digest = hashlib.sha256()
@@ -397,11 +328,3 @@ def _split(settings: LatentSettings, shapes: RecordShapes, scan: Scan) -> list[t
     fitting = _SHARD_BYTES // (shapes.num_bytes * max(1, settings.variants))
     size = max(1, min(fitting, math.ceil(len(scan.clips) / _LEAST_SHARDS)))
     return [scan.clips[start : start + size] for start in range(0, len(scan.clips), size)]
-
-
-def _read_report(path: epath.Path) -> dict | None:
-    """Return None if it is not there, or not whole because an upload was cut off."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError):
-        return None

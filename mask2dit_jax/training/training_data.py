@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mask2dit_jax import config as run_config
-from mask2dit_jax.curate.build_records import SceneLatents, build_together, describe_data_set
+from mask2dit_jax.curate.build_records import SceneLatents, describe_data_set
 from mask2dit_jax.data import latents
 from mask2dit_jax.data.batches import make_batches
 from mask2dit_jax.data.encode import Encoders, FreshScenes, encode_clip
@@ -164,6 +165,31 @@ def load_encoders(config: ConfigDict, pretrained, text_tokens: int) -> Encoders:
     """Return the VAE and the text encoder, on the devices of this process; each is loaded when it is first called."""
     dtype = run_config.resolve_dtype(config.compute_dtype)
     return Encoders(VideoCodec(pretrained, dtype).encode, TextEncoder(pretrained, text_tokens, dtype))
+
+
+def build_together(builder: SceneLatents) -> None:
+    """Build a data set with all processes of this job, each its share; it is complete when this returns.
+
+    Raises:
+        UserError: this process cannot write, or too many of its clips cannot be used; or, on every process alike, the
+            data set cannot be completed.
+    """
+    number, count = jax.process_index(), jax.process_count()
+    builder.download_and_prepare(process_index=number, process_count=count)
+    failure = ""
+    if count > 1:
+        multihost_utils.sync_global_devices("encoded")
+    if number == 0:
+        try:
+            if count > 1:  # a network disk may not show everything yet; what seems to be missing is written again
+                builder.download_and_prepare()
+            builder.finish()
+        except UserError as error:
+            failure = str(error)
+    if count > 1:
+        failure = distributed.gather_json(failure)[0]
+    if failure:
+        raise UserError(failure)
 
 
 def _open_records(config: ConfigDict, pretrained, model: DiTConfig) -> tuple[SceneRecords, Skipped]:
