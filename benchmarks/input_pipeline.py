@@ -1,11 +1,11 @@
-"""Does loading starve the step? The share of a run's time that a step of given length waits for its batch.
+"""Measure whether loading starves the step: the share of a run's time that a step waits for its batch.
 
     python benchmarks/input_pipeline.py --data=DIR [--step_s=5.5] [--sizes=2b]
 
 Makes a latent data set of random numbers in DIR if there is none (2b: 64 records of 10.8 MB), reads batches of 8 x 3
-scenes as one host alone would, and puts a sleep where the step would be: it leaves the processor to the reading threads
-as a step on a TPU does. A TPU host of a slice reads its own rows only. Files just written are in the page cache;
---cold drops them from it before each batch, as from a disk that they are read from for the first time.
+scenes as one host alone would, and sleeps where the step would be. Like a step on a TPU, sleep leaves the processor to
+the reading threads. A TPU host of a slice reads its own rows only. Files just written are in the page cache; --cold
+drops them before each batch, so that they are read from the disk as if for the first time.
 """
 
 import json
@@ -28,9 +28,9 @@ from mask2dit_jax.data.samples import ConsecutiveShots
 from mask2dit_jax.data.sources import Clip, Group, Scan, Skipped
 
 _DATA = flags.DEFINE_string("data", None, "Folder for the data set.", required=True)
-_SIZES = flags.DEFINE_enum("sizes", "2b", ["2b", "tiny"], "Of latents and embeddings.")
+_SIZES = flags.DEFINE_enum("sizes", "2b", ["2b", "tiny"], "Sizes of latents and embeddings.")
 _STEP = flags.DEFINE_float("step_s", 5.5, "Length of the step; 5.5 s is the roofline of sft.py:2b,v5e-64.")
-_STEPS = flags.DEFINE_integer("steps", 20, "Steps that are measured, after 3 that are not.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps to measure, after 3 that are not measured.")
 _COLD = flags.DEFINE_bool("cold", False, "Drop the files from the page cache before each batch.")
 
 SHAPES = {
@@ -41,6 +41,7 @@ CLIPS, VARIANTS, GROUP, SCENES, BATCH, WARM_UP = 32, 2, 8, 3, 8, 3
 
 
 def make_data(folder: Path, shapes: RecordShapes) -> SceneRecords:
+    """Write the data set if it is not there, and open it."""
     clips = tuple(Clip(f"{n}.mp4", folder / f"{n}.mp4", f"caption {n}", 200, 25.0, 720, 480) for n in range(CLIPS))
     groups = tuple(Group(str(start), clips[start : start + GROUP]) for start in range(0, CLIPS, GROUP))
     settings = LatentSettings(SftSampling(49), (480, 720), VARIANTS, 0, shapes.text[0], "random", "float32")
@@ -58,6 +59,7 @@ def make_data(folder: Path, shapes: RecordShapes) -> SceneRecords:
 
 
 def drop_from_page_cache(folder: Path) -> None:
+    """Make the next read of each shard go to the disk."""
     for path in folder.glob("*array_record*"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -65,6 +67,7 @@ def drop_from_page_cache(folder: Path) -> None:
 
 
 def main(_):
+    """Print the figures as JSON."""
     folder, shapes = Path(_DATA.value), SHAPES[_SIZES.value]
     store = make_data(folder, shapes)
     samples = ConsecutiveShots(store.groups, SCENES, store.clips)

@@ -54,6 +54,7 @@ _ENCODE = flags.DEFINE_string("encode", None, "The csv or json whose clips are e
 
 
 def main(argv):
+    """Do the step that the flags ask for."""
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? videos are given as --videos=a.mp4,b.mp4")
     if _CHECK.value and _ENCODE.value:

@@ -12,10 +12,10 @@ from mask2dit_jax.data.samples import ConsecutiveShots, UnrelatedClips
 from mask2dit_jax.data.sources import Skipped
 from mask2dit_jax.errors import UserError
 
-# Reading is a copy from the page cache; a batch of the 5B model is some 100 MB, so few are kept ready.
 _NO_END = 2**31
+# Reading is a copy from the page cache, and a batch of the 5B model has some 100 MB, so few are kept ready.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-_TRIES = 100  # a store of which hardly anything can be read is no store
+_TRIES = 100  # samples in a row that cannot be read, before the store counts as gone
 
 
 def make_batches(
@@ -65,7 +65,7 @@ def make_batches(
                 item = int(rng.integers(len(samples)))
         raise UserError(f"{_TRIES} samples in a row cannot be read, the last for {last}; is the disk still there?")
 
-    # Grain's own shuffle takes 8 ms for each number where there are four, as it looks for them among many.
+    # Grain's own shuffle takes 8 ms for a number if there are only four, because it searches them among many.
     @functools.lru_cache(maxsize=3)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng([seed, epoch]).permutation(len(samples))
@@ -78,7 +78,7 @@ def make_batches(
 
     def batch(step: int) -> dict[str, np.ndarray]:
         scenes = [scene for row in rows for scene in drawn[step * global_batch_size + row]]
-        # A store gives views of what it has read: this is the only copy, and where bf16 becomes fp32.
+        # A store returns views of what it has read, so this is the only copy. Here bf16 becomes fp32.
         stacked = {
             name: np.stack([scene[name] for scene in scenes], dtype=np.uint8 if name == "pixels" else np.float32)
             for name in scenes[0]

@@ -141,7 +141,7 @@ def scan_sft_json(path: str | Path) -> Scan:
 
 
 def printable(name: str) -> str:
-    """Return the name of a file as text for logs and json; bytes that are not UTF-8 show as \\xe9."""
+    """Return the name of a file as text for logs and json, with bytes that are not UTF-8 as hexadecimal escapes."""
     try:
         return os.fsencode(name).decode(errors="backslashreplace")
     except UnicodeEncodeError:  # half of a surrogate pair, which no file is called
@@ -194,12 +194,15 @@ class Skipped(Mapping[str, str]):
         )
 
     def __getitem__(self, name: str) -> str:
+        """Return the reason of a name."""
         return self._reasons[name]
 
     def __iter__(self) -> Iterator[str]:
+        """Iterate over the names as of now; other threads may add to them."""
         return iter(list(self._reasons))
 
     def __len__(self) -> int:
+        """Return the number of names."""
         return len(self._reasons)
 
 

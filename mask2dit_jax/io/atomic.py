@@ -1,4 +1,4 @@
-"""Writing a result so that nobody ever sees half of it."""
+"""Writing files so that nobody ever sees half of one, and locking them between processes."""
 
 import contextlib
 import errno
@@ -18,9 +18,10 @@ from mask2dit_jax.io.paths import is_remote
 
 @contextlib.contextmanager
 def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a local file to write. After the block it appears at `path` (local or gs://) in one move; if the block or
-    the move fails, whatever was at `path` before stays. Missing folders are made. Of several processes that write the
-    same `path` at once, the last one's file stays.
+    """Give a local file to write, which appears at `path` (local or gs://) in one move after the block.
+
+    If the block or the move fails, whatever was at `path` before stays. Missing folders are made. If several processes
+    write the same `path` at once, the last one's file stays.
 
     Raises:
         UserError: `path` cannot be written.
@@ -37,7 +38,7 @@ def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
-    """Removes what writers of `name` (or of any file) in `folder` left behind that were killed; none may be at work."""
+    """Remove what killed writers of `name` (or of any file) left behind in `folder`; no writer may be at work."""
     for partial in epath.Path(folder).glob(f".????????.{name}"):
         partial.unlink(missing_ok=True)
 
