@@ -7,7 +7,8 @@ builder tells TFDS what it asks a builder for (features, shards), and writes the
 * The data file alone decides which clip goes into which shard, so every process finds its own shards at any time.
 * A shard appears whole (`atomic_output`), then the report of its contents. A shard without its report is written again.
   So no record is lost or doubled wherever a kill falls, and a process encodes at most one shard twice.
-* Records of clips that were encoded before with the same settings, and whose videos have not changed since, are copied.
+* Records of clips that were encoded before with the same settings, and whose videos have not changed since, are copied;
+  a whole shard of them is linked.
 * TFDS's metadata and the index come last, made from the reports, when every shard is there.
 """
 
@@ -29,6 +30,7 @@ from mask2dit_jax.curate.known_records import (
     REPORT_FILE,
     SHARD_FILE,
     Known,
+    link_shard,
     read_report,
     records_of_data_sets,
     records_of_shard,
@@ -233,7 +235,7 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
         known = self._known | records_of_shard(self._report_path(number), self._settings)
         self._report_path(number).unlink(missing_ok=True)  # it describes the file that is replaced now
         with atomic_output(path) as partial:
-            num_records = self._write_records(partial, shard(progress, known))
+            num_records = shard.link(partial, progress, known) or self._write_records(partial, shard(progress, known))
             num_bytes = partial.stat().st_size  # what is to arrive, wherever it is uploaded to
         report = {"bytes": num_bytes, "records": num_records, "clips": shard.outcomes}
         with atomic_output(self._report_path(number)) as partial:
@@ -267,6 +269,16 @@ class ShardOfClips:
         """See `SceneLatents` for the arguments."""
         self.clips, self._settings, self._encode, self._skipped = tuple(clips), settings, encode, skipped
         self.outcomes: list[dict] = []
+
+    def link(self, path: os.PathLike, progress: tqdm, known: Known) -> int:
+        """Share the file of another data set if one holds just these clips; return its number of records, or 0."""
+        keys = [(clip_key(clip), source_stamp(clip)) for clip in self.clips]
+        stored = [known.get(key) for key in keys]
+        if not link_shard(path, stored):
+            return 0
+        self.outcomes = [dict(records.outcome) for records in stored]
+        progress.update(len(self.clips))
+        return sum(len(records.numbers) for records in stored)
 
     def __call__(self, progress: tqdm, known: Known) -> Iterator[dict | bytes]:
         """Yield the records: as bytes those that are `known`, as what TFDS encodes those that are new."""

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from array_record.python import array_record_module
 from etils import epath
@@ -41,6 +41,27 @@ class StoredRecords:
 
 
 Known = dict[tuple[str, str], StoredRecords]  # by the clip's key and its video's stamp
+
+
+def link_shard(target: os.PathLike, stored: Sequence[StoredRecords | None]) -> bool:
+    """Make `target` a hard link to the shard that holds just these records, in this order.
+
+    Returns:
+        Whether it is one. It is not if no shard does, or if the file system has no such links.
+    """
+    paths = {records and records.path for records in stored}
+    if len(paths) != 1 or None in paths:
+        return False
+    (path,) = paths
+    numbers = [number for records in stored for number in records.numbers]
+    try:
+        with contextlib.closing(array_record_module.ArrayRecordReader(os.fspath(path), "")) as reader:
+            if numbers != list(range(reader.num_records())):
+                return False
+        os.link(path, target)
+    except (RuntimeError, ValueError, OSError):
+        return False
+    return True
 
 
 def records_of_data_sets(folders: Iterable[epath.Path], settings: LatentSettings) -> Known:

@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -33,10 +34,12 @@ from mask2dit_jax.data.frames import FrameChoices, PretrainSampling, SftSampling
 from mask2dit_jax.data.sources import Clip, Group
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import atomic_output
+from mask2dit_jax.io.paths import is_remote
 
 FORMAT = 1  # raise it when the meaning of a stored number changes
 SPLIT = "train"
 SETTINGS, INDEX = "settings.json", "index.json"
+_OTHER_FILES = 512  # that a process may have open besides shards
 _T, _R = TypeVar("_T"), TypeVar("_R")
 
 
@@ -195,6 +198,8 @@ class SceneRecords:
         damaged = [shard.file for shard, ok in zip(self.index.shards, whole, strict=True) if not ok]
         if damaged:
             raise UserError(f"{folder}: {', '.join(damaged)} missing or cut short; start its build_data --encode again")
+        if not is_remote(folder):
+            _allow_open_files(len(self.index.shards))
         self._source = tfds.builder_from_directory(self.folder).as_data_source(SPLIT)
 
     @property
@@ -316,6 +321,22 @@ def source_stamp(clip: Clip) -> str:
 def json_hash(description: object) -> str:
     """Return a hash of what JSON can hold."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _allow_open_files(num_shards: int) -> None:
+    """Raise this process's limit of open files, because TFDS keeps every shard open that it has read from.
+
+    Raises:
+        UserError: the system does not allow so many.
+    """
+    wanted = num_shards + _OTHER_FILES
+    soft, hard = (limit if limit >= 0 else wanted for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if hard < wanted:
+        raise UserError(
+            f"{num_shards} shards need {wanted} open files, {hard} are allowed; start with ulimit -n {wanted}"
+        )
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _flat(settings: Mapping, prefix: str = "") -> dict[str, object]:

@@ -281,6 +281,18 @@ def test_a_flipped_bit_costs_its_record(copied):
     store.read(store.clips[2], 0)
 
 
+def test_every_shard_may_be_open_at_once(complete, monkeypatch):
+    """TFDS keeps them open, and a process may often open no more than 1024 files."""
+    limits = []
+    monkeypatch.setattr(latents.resource, "getrlimit", lambda _: (100, 4096))
+    monkeypatch.setattr(latents.resource, "setrlimit", lambda _, limit: limits.append(limit))
+    SceneRecords(complete)
+    assert limits == [(7 + 512, 4096)]
+    monkeypatch.setattr(latents.resource, "getrlimit", lambda _: (100, 500))
+    with pytest.raises(UserError, match="7 shards need 519 open files, 500 are allowed; start with ulimit -n 519"):
+        SceneRecords(complete)
+
+
 OTHERS = {
     "size": ((32, 16), r"size \[16, 16\], not \[32, 16\]"),
     "sampling": (SftSampling(9, 1, 3), r"sampling.num_frames 5, not 9; sampling.max_stride 2, not 3"),

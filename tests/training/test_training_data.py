@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import shutil
 import threading
 import time
@@ -241,6 +242,27 @@ def test_an_edited_data_file_costs_the_clips_that_are_new(clips, monkeypatch, tm
             np.testing.assert_allclose(text, encode_text([clip.caption])[0], rtol=2**-8)
     encoders = Counting(monkeypatch)
     open_data(in_job(clips))  # as it was before the edits
+    assert encoders.captions == []
+
+
+def test_an_edited_data_file_shares_the_files_that_stay_as_they_are(clips, monkeypatch):
+    monkeypatch.setattr(build_records, "_LEAST_SHARDS", 3)  # two clips in each
+
+    def files(clips):
+        store = open_data(in_job(clips)).store
+        return [(Path(store.folder) / shard.file).stat().st_ino for shard in store.index.shards]
+
+    before = files(clips)
+    after = files([*clips[:3], dataclasses.replace(clips[3], caption="edited"), *clips[4:]])
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True]
+
+    def no_links(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    encoders = Counting(monkeypatch)
+    shortened = files(clips[:4])
+    assert not set(shortened) & {*before, *after}
     assert encoders.captions == []
 
 
