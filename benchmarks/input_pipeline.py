@@ -21,12 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mask2dit_jax.curate.build_records import SceneLatents
 from mask2dit_jax.data.batches import make_batches
+from mask2dit_jax.data.encode import EncodedClip
 from mask2dit_jax.data.frames import SftSampling
-from mask2dit_jax.data.latent_cache import CacheSettings, EncodedClip
-from mask2dit_jax.data.latents import RecordShapes, SceneRecords
+from mask2dit_jax.data.latents import LatentSettings, RecordShapes, SceneRecords
 from mask2dit_jax.data.samples import ConsecutiveShots
-from mask2dit_jax.data.skipped import Skipped
-from mask2dit_jax.data.sources import Clip, Group, Scan
+from mask2dit_jax.data.sources import Clip, Group, Scan, Skipped
 
 _DATA = flags.DEFINE_string("data", None, "Folder for the data set.", required=True)
 _SIZES = flags.DEFINE_enum("sizes", "2b", ["2b", "tiny"], "Model whose sizes latents and embeddings have.")
@@ -45,7 +44,7 @@ def make_data(folder: Path, shapes: RecordShapes) -> SceneRecords:
     """Write a data set of random latents, unless it exists, and open it."""
     clips = tuple(Clip(f"{n}.mp4", folder / f"{n}.mp4", f"caption {n}", 200, 25.0, 720, 480) for n in range(CLIPS))
     groups = tuple(Group(str(start), clips[start : start + GROUP]) for start in range(0, CLIPS, GROUP))
-    settings = CacheSettings(SftSampling(49), (480, 720), VARIANTS, 0, shapes.text[0], "random", "float32")
+    settings = LatentSettings(SftSampling(49), (480, 720), VARIANTS, 0, shapes.text[0], "random", "float32")
 
     def encode(clip: Clip) -> EncodedClip:
         rng = np.random.default_rng(int(clip.name.partition(".")[0]))

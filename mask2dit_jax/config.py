@@ -33,6 +33,7 @@ LEARNING_RATES = ("constant", "cosine")
 WEIGHTS = ("auto", "ema", "params")
 PRECISIONS = ("float32", "bfloat16")
 FORMATS = ("csv", "json")
+FRAMES = ("stored", "fresh")
 
 NEGATIVE_PROMPT = (
     "The video is not of a high quality, it has a low resolution. Watermark present in each frame. The background is "
@@ -207,6 +208,8 @@ class DataConfig(Section):
     kind: str = setting("json", one_of(FORMATS))  # csv: single clips (pretraining); json: groups of shots (SFT)
     path: str = setting("")  # that file, or a folder of latents that `build_data --encode` wrote
     cache: str = setting("data/cache")  # folder for the latents of a csv or json, which are encoded once
+    # stored: clip_variants choices of frames are encoded once; fresh: every visit draws and encodes its frames anew.
+    frames: str = setting("stored", one_of(FRAMES))
     clip_variants: int = setting(8, at_least(1))  # choices of frames stored for each clip
     max_stride: int = setting(3, at_least(1))  # frames between two that are used, at most
     min_stride: int = setting(1, at_least(1))  # at least (json)

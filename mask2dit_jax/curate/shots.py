@@ -15,12 +15,12 @@ from mask2dit_jax.errors import UserError
 from mask2dit_jax.media.video_reader import iter_frames, probe
 from mask2dit_jax.media.video_writer import write_video
 
-_DETECTION_WIDTH = 256  # pixels; PySceneDetect's own programs look at videos in about this size
+_DETECTION_WIDTH = 256  # pixels; PySceneDetect's own programs shrink videos to about this size
 
 
 @dataclasses.dataclass(frozen=True)
 class Shot:
-    """Frames `start` up to, but without, `stop` of a video; `number` counts its shots from 1."""
+    """The frames from `start` to `stop`, which is not included, of a video; `number` counts its shots from 1."""
 
     video: Path
     number: int
@@ -29,21 +29,25 @@ class Shot:
 
     @property
     def name(self) -> str:
+        """Name of the shot's file, without its ending."""
         return f"{self.video.stem}-{self.number}"
 
     @property
     def num_frames(self) -> int:
+        """Number of frames."""
         return self.stop - self.start
 
 
 def find_shots(video: str | Path, threshold: float = 27.0) -> list[Shot]:
-    """All shots of a video in order; together they are the whole of it.
+    """Find all shots of a video, in order; together they are the whole video.
 
-    The detector is fed with our own frames: `scenedetect.detect` computes frame numbers from time stamps, which in a
-    video of varying frame rate are not the numbers of the frames that a decoder gives.
+    The detector sees frames that we decode: `scenedetect.detect` computes frame numbers from time stamps, which are not
+    the numbers of the decoded frames if the frame rate varies.
 
     Args:
-        threshold: how unlike two frames in a row must be for a cut (ContentDetector; 27 is PySceneDetect's default).
+        video: file of the video.
+        threshold: difference between two frames in a row that counts as a cut (ContentDetector; PySceneDetect's default
+            is 27).
 
     Raises:
         UserError: the video cannot be read.
@@ -62,9 +66,9 @@ def find_shots(video: str | Path, threshold: float = 27.0) -> list[Shot]:
 
 
 def write_shots(shots: Sequence[Shot], folder: str | Path) -> list[Path]:
-    """Writes each shot of one video to `folder/<name>.mp4`, re-encoded at the same frame rate in high quality.
+    """Write each shot of one video to `folder/<name>.mp4`, re-encoded at the same frame rate in high quality.
 
-    A file that is there already, whole and newer than the video, is kept. One frame at a time is in memory.
+    Keeps a file that is whole and newer than the video. Holds one frame at a time in memory.
 
     Raises:
         UserError: the video cannot be read, or a file cannot be written.
@@ -74,7 +78,7 @@ def write_shots(shots: Sequence[Shot], folder: str | Path) -> list[Path]:
     fps = float(probe(shots[0].video).fps)
     for shot, path in zip(shots, tqdm(paths, f"writing shots of {shots[0].video.name}", unit="shot"), strict=True):
         if not _is_written(shot, path):
-            collections.deque(itertools.islice(frames, shot.start - position), maxlen=0)  # skips them
+            collections.deque(itertools.islice(frames, shot.start - position), maxlen=0)  # skips the frames between
             write_video(path, itertools.islice(frames, shot.num_frames), fps)
             position = shot.stop
     return paths

@@ -1,4 +1,4 @@
-"""Batches for training: stored clips put together into multi-scene samples, read ahead by Grain's threads."""
+"""Batches for training: scenes put together into multi-scene samples, read ahead by Grain's threads."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -6,19 +6,20 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
+from mask2dit_jax.data.encode import FreshScenes
+from mask2dit_jax.data.latents import SceneRecords, UnreadableScene
 from mask2dit_jax.data.samples import ConsecutiveShots, UnrelatedClips
-from mask2dit_jax.data.scene_store import LatentStore, UnreadableScene
-from mask2dit_jax.data.skipped import Skipped
+from mask2dit_jax.data.sources import Skipped
 from mask2dit_jax.errors import UserError
 
-# Reading is a copy from the page cache; a batch of the 5B model is some 100 MB, so few are kept ready.
 _NO_END = 2**31
+# Reading is a copy from the page cache, and a batch of the 5B model has some 100 MB, so few are kept ready.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-_TRIES = 100  # a store of which hardly anything can be read is no store
+_TRIES = 100  # samples in a row that cannot be read, before the store counts as gone
 
 
 def make_batches(
-    store: LatentStore,
+    store: SceneRecords | FreshScenes,
     samples: UnrelatedClips | ConsecutiveShots,
     *,
     global_batch_size: int,
@@ -27,23 +28,23 @@ def make_batches(
     start_step: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches; the batch of a step depends on `seed` and the step alone, so `start_step` resumes exactly.
+    """Yield batches for ever; a batch depends on `seed` and its step alone, so `start_step` resumes exactly.
 
-    A sample of which a scene cannot be read is replaced by another, drawn from the same random numbers: what comes
-    instead depends on seed, step and row, as everything else, and not on which process reads it or what it read before.
+    A sample with a scene that cannot be read is replaced by another one, drawn from the same random numbers. So the
+    replacement also depends on seed, step and row alone, and not on which process reads it or what it read before.
 
     Args:
         store: holds every clip of `samples`.
-        samples: what training walks through, shuffled anew each epoch.
-        global_batch_size: of all processes together; what they see together does not depend on their number.
-        seed: of the order, of the clips drawn and of their variants.
-        skipped: takes down the scenes that cannot be read; none may be where it is not given.
-        start_step: the first batch wanted.
-        rows: the samples of a global batch that this process wants; all if not given.
+        samples: the items that training walks through, shuffled anew each epoch.
+        global_batch_size: samples of a step, over all processes; together they see the same, however many they are.
+        seed: seed of the order, of the clips drawn and of their variants.
+        skipped: records the scenes that cannot be read; without it there may be none.
+        start_step: step of the first batch.
+        rows: the samples of a global batch that this process wants; None for all.
 
     Yields:
         These rows of a batch: `mean` and `logvar` (b f h w c), the scenes one after another along f; `text`
-        (b s t x).
+        (b s t x), all fp32.
 
     Raises:
         UserError: while iterating, too many scenes cannot be read.
@@ -64,7 +65,7 @@ def make_batches(
                 item = int(rng.integers(len(samples)))
         raise UserError(f"{_TRIES} samples in a row cannot be read, the last for {last}; is the disk still there?")
 
-    # Grain's own shuffle takes 8 ms for each number where there are four, as it looks for them among many.
+    # Grain's own shuffle takes 8 ms for a number if there are only four, because it searches them among many.
     @functools.lru_cache(maxsize=3)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng([seed, epoch]).permutation(len(samples))
@@ -77,10 +78,14 @@ def make_batches(
 
     def batch(step: int) -> dict[str, np.ndarray]:
         scenes = [scene for row in rows for scene in drawn[step * global_batch_size + row]]
-        # A store gives views of what it has read: this is the only copy, and where bf16 becomes fp32.
-        stacked = {name: np.stack([scene[name] for scene in scenes], dtype=np.float32) for name in scenes[0]}
+        # A store returns views of what it has read, so this is the only copy. Here bf16 becomes fp32.
+        stacked = {
+            name: np.stack([scene[name] for scene in scenes], dtype=np.uint8 if name == "pixels" else np.float32)
+            for name in scenes[0]
+        }
         text = stacked.pop("text")
-        latents = {name: x.reshape(len(rows), -1, *x.shape[2:]) for name, x in stacked.items()}
-        return {**latents, "text": text.reshape(len(rows), -1, *text.shape[1:])}
+        videos = {name: x.reshape(len(rows), -1, *x.shape[2:]) for name, x in stacked.items()}
+        return {**videos, "text": text.reshape(len(rows), -1, *text.shape[1:])}
 
-    return iter(grain.MapDataset.range(start_step, _NO_END).map(batch).to_iter_dataset(_READ))
+    batches = iter(grain.MapDataset.range(start_step, _NO_END).map(batch).to_iter_dataset(_READ))
+    return map(store.encode, batches) if isinstance(store, FreshScenes) else batches

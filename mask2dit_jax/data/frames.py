@@ -1,4 +1,4 @@
-"""Which frames of a clip are used: the rules of the two training stages.
+"""Which frames of a clip are used: the rules of the authors' two training stages.
 
 Both rules lead to `FrameChoices`: so many frames, a fixed stride apart, from a start drawn uniformly from a range.
 """
@@ -6,12 +6,15 @@ Both rules lead to `FrameChoices`: so many frames, a fixed stride apart, from a 
 import dataclasses
 
 import numpy as np
+from absl import logging
 
+from mask2dit_jax.data.sources import Clip
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.media.video_reader import probe
 
 
 class TooShort(UserError):
-    """A clip without enough frames: nothing is broken, it just cannot be used with these settings."""
+    """A clip has too few frames: nothing is broken, but these settings cannot use it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +26,11 @@ class FrameChoices:
     starts: range
 
     def draw(self, rng: np.random.Generator) -> int:
-        """One of `starts`, all equally likely."""
+        """Draw one of `starts`, all equally likely."""
         return self.starts[rng.integers(len(self.starts))]
 
     def indices(self, start: int) -> range:
-        """The frame numbers taken from `start` on."""
+        """Return the numbers of the frames taken from `start` on."""
         return range(start, start + self.stride * self.count, self.stride)
 
 
@@ -40,7 +43,11 @@ class SftSampling:
     max_stride: int = 3
 
     def choices(self, clip_frames: int) -> FrameChoices:
-        """Raises TooShort for a clip too short for the smallest stride (the authors' code returns None)."""
+        """Return the choices that a clip of `clip_frames` frames leaves.
+
+        Raises:
+            TooShort: the clip is too short for the smallest stride (the authors' code returns None).
+        """
         for stride in range(self.max_stride, self.min_stride - 1, -1):
             room = clip_frames - 1 - (self.num_frames - 1) * stride
             if room >= 0:
@@ -53,11 +60,11 @@ class SftSampling:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainSampling:
-    """Pretraining: a fixed stride inside the middle of a clip, `drop_start`..`drop_end` of its length.
+    """Pretraining: a fixed stride inside the middle of a clip, `drop_start` to `drop_end` of its length.
 
-    The arithmetic is the authors', roundings included, so that the same clips are kept and the same frames can be
-    drawn: 0.95 - 0.05 is a little less than 0.9 in floating point and loses a frame at exact multiples, and the first
-    start is 5 % of the first 95 %.
+    The arithmetic is that of the authors' code, with its rounding, so that the same clips are kept and the same frames
+    can be drawn: 0.95 - 0.05 is a little less than 0.9 in floating point and loses a frame at exact multiples, and the
+    first start is 5 % of the first 95 %.
     """
 
     num_frames: int
@@ -66,7 +73,11 @@ class PretrainSampling:
     drop_end: float = 0.95
 
     def choices(self, clip_frames: int) -> FrameChoices:
-        """Raises TooShort for a clip whose middle is too short (the authors wrote 49 frames into their filter)."""
+        """Return the choices that a clip of `clip_frames` frames leaves.
+
+        Raises:
+            TooShort: the middle of the clip is too short (the authors' code hard-codes 49 frames in its filter).
+        """
         fitting = self.fitting_frames(clip_frames)
         if fitting < self.num_frames:
             raise TooShort(
@@ -77,11 +88,15 @@ class PretrainSampling:
         return self.shortened_choices(clip_frames)
 
     def fitting_frames(self, clip_frames: int) -> int:
-        """How many frames, `stride` apart, the middle of the clip has room for."""
+        """Return how many frames, `stride` apart, fit into the middle of the clip."""
         return int(clip_frames * (self.drop_end - self.drop_start) // self.stride)
 
     def shortened_choices(self, clip_frames: int) -> FrameChoices:
-        """As `choices`, with fewer frames where `num_frames` do not fit. Raises TooShort where not one does."""
+        """Return the choices with fewer frames where `num_frames` do not fit.
+
+        Raises:
+            TooShort: not one frame fits.
+        """
         count = min(self.num_frames, self.fitting_frames(clip_frames))
         last_frame = int(self.drop_end * clip_frames)
         span = (count - 1) * self.stride + 1
@@ -90,3 +105,15 @@ class PretrainSampling:
         if count < 1 or not starts:
             raise TooShort(f"a clip of {clip_frames} frames has no room for one frame at stride {self.stride}")
         return FrameChoices(count, self.stride, starts)
+
+
+def frame_choices(clip: Clip, sampling: PretrainSampling | SftSampling) -> FrameChoices:
+    """Return which frames of the clip training may take, by the number of frames that its video really holds.
+
+    Raises:
+        UserError: the video cannot be read, or is too short (TooShort).
+    """
+    num_frames = probe(clip.path).num_frames
+    if num_frames != clip.num_frames:
+        logging.warning("%s holds %d frames, the data file says %d", clip.path, num_frames, clip.num_frames)
+    return sampling.choices(num_frames)

@@ -2,23 +2,26 @@
 
     DIR/settings.json                                    what made it; the first file written
     DIR/scene_latents-train.array_record-00003-of-00064  shards
-    DIR/shard-00003-of-00064.json                        what is in a shard; without it the shard does not count
+    DIR/shard-00003-of-00064.json                        report of a shard; without it the shard does not count
     DIR/features.json  DIR/dataset_info.json             for TFDS
-    DIR/index.json                                       clips, groups, what was skipped; the last file written
+    DIR/index.json                                       clips, groups, skipped clips; the last file written
 
-A record is one variant (choice of frames) of one clip, complete: latents, embedding, caption, where they come from. So
-a scene of training is one read of just its bytes, however many variants a clip has and however long its group is: the
-groups are lists of clips in the index. The embedding comes again in each variant, a sixth of a record of the full size.
+A record holds one variant (choice of frames) of one clip: latents, text embedding, caption and origin. So a scene of a
+training sample is one read of just its bytes, however many variants a clip has and however long its group is. Groups
+are lists of clips in the index. Every variant repeats the text embedding, which is a sixth of a full-size record.
 
-Records are not compressed (latents do not shrink, and training would unpack them again and again), but hashed: what a
-disk or a transfer has changed is noticed. DIR may be gs://.
+Records are not compressed, because latents do not shrink and training would unpack them again and again. They are
+hashed, so that bytes changed by a disk or a transfer are noticed. DIR may be gs://.
 """
 
 import bisect
 import concurrent.futures
 import dataclasses
+import hashlib
 import itertools
 import json
+import os
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -27,33 +30,88 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from mask2dit_jax.data.latent_cache import CacheSettings
-from mask2dit_jax.data.scene_store import UnreadableScene
-from mask2dit_jax.data.sources import Group
+from mask2dit_jax.data.frames import FrameChoices, PretrainSampling, SftSampling
+from mask2dit_jax.data.sources import Clip, Group
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import atomic_output
+from mask2dit_jax.io.paths import is_remote
 
 FORMAT = 1  # raise it when the meaning of a stored number changes
 SPLIT = "train"
 SETTINGS, INDEX = "settings.json", "index.json"
+_OTHER_FILES = 512  # that a process may have open besides shards
 _T, _R = TypeVar("_T"), TypeVar("_R")
+
+
+class UnreadableScene(UserError):
+    """The scene of clip `name` cannot be read; the rest of the store may be in order."""
+
+    def __init__(self, name: str, message: str):
+        """Name the clip, so that it can be counted as skipped."""
+        super().__init__(message)
+        self.name = name
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSettings:
+    """Everything but the clips themselves that decides which numbers are stored.
+
+    Attributes:
+        sampling: rule for which frames are taken, and how many.
+        size: height and width in pixels.
+        variants: choices of frames stored for each clip; 0 stores the text embedding alone.
+        seed: seed of these choices.
+        max_tokens: text tokens, padding included.
+        encoders: hash of the encoders' weights.
+        compute_dtype: precision of the encoders' activations.
+    """
+
+    sampling: PretrainSampling | SftSampling
+    size: tuple[int, int]
+    variants: int
+    seed: int
+    max_tokens: int
+    encoders: str
+    compute_dtype: str
+
+    def describe(self) -> dict:
+        """Return all settings as JSON can hold them."""
+        sampling = {"rule": type(self.sampling).__name__, **dataclasses.asdict(self.sampling)}
+        return {"format": FORMAT, **dataclasses.asdict(self), "size": list(self.size), "sampling": sampling}
+
+    def fingerprint(self) -> str:
+        """Return a hash of all settings."""
+        return json_hash(self.describe())
+
+    def start(self, clip: Clip, variant: int, choices: FrameChoices) -> int:
+        """Draw the first frame of a variant: always the same one for the same seed, clip and variant."""
+        return choices.draw(np.random.default_rng([self.seed, int(clip_key(clip), 16), variant]))
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordShapes:
-    """`latents` (f h w c) of a scene, `text` (t x) of a caption."""
+    """Shapes of what a record stores.
 
-    latents: tuple[int, int, int, int]
+    Attributes:
+        latents: (f h w c) of a scene; None stores the text embedding alone.
+        text: (t x) of a caption.
+    """
+
+    latents: tuple[int, int, int, int] | None
     text: tuple[int, int]
 
     def features(self) -> tfds.features.FeaturesDict:
-        """What a record holds: strings are UTF-8, `video` is the path in the data file with other bytes escaped."""
+        """Return the fields of a record; `video` is the path in the data file, with bytes other than UTF-8 escaped."""
         feature = tfds.features
         raw = feature.Encoding.BYTES
+        moments = {
+            name: feature.Tensor(shape=self.latents, dtype=np.float32, encoding=raw)
+            for name in ("mean", "logvar")
+            if self.latents
+        }
         return feature.FeaturesDict(
             {
-                "mean": feature.Tensor(shape=self.latents, dtype=np.float32, encoding=raw),
-                "logvar": feature.Tensor(shape=self.latents, dtype=np.float32, encoding=raw),
+                **moments,
                 "text": feature.Tensor(shape=self.text, dtype=ml_dtypes.bfloat16, encoding=raw),
                 "caption": feature.Text(),
                 "video": feature.Text(),
@@ -61,19 +119,20 @@ class RecordShapes:
                 "variant": feature.Scalar(np.int32),
                 "start": feature.Scalar(np.int32),
                 "stride": feature.Scalar(np.int32),
-                "settings": feature.Text(),  # the fingerprint of what made it
+                "settings": feature.Text(),  # fingerprint of the LatentSettings
             }
         )
 
     @property
     def num_bytes(self) -> int:
-        """Of one record, nearly."""
-        return 2 * 4 * int(np.prod(self.latents)) + 2 * int(np.prod(self.text))
+        """Size of a record, without its few short texts."""
+        latents = 2 * 4 * int(np.prod(self.latents)) if self.latents else 0
+        return latents + 2 * int(np.prod(self.text))
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredClip:
-    """A clip in a data set: its records are `number * variants` and the following ones."""
+    """A clip of a data set; `number` is its place among the usable clips."""
 
     name: str
     number: int
@@ -90,13 +149,13 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What is in a data set.
+    """The table of contents of a data set.
 
     Attributes:
         clips: names of the usable clips, in the order of the data file.
         groups: names, and the numbers in `clips` of their shots (None: not usable); None without groups.
         skipped: name -> reason of every other clip.
-        shards: in order; records follow each other through them.
+        shards: files of records, in order; record numbers run on from one to the next.
     """
 
     clips: tuple[str, ...]
@@ -105,11 +164,13 @@ class Index:
     shards: tuple[Shard, ...]
 
     def write(self, folder: epath.Path) -> None:
+        """Write it to `folder`, in one move."""
         with atomic_output(folder / INDEX) as partial:
             partial.write_text(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def read(cls, folder: epath.Path) -> "Index":
+        """Read what `write` wrote."""
         raw = _read_json(folder / INDEX)
         groups = raw["groups"] and tuple((name, tuple(shots)) for name, shots in raw["groups"])
         shards = tuple(Shard(**shard) for shard in raw["shards"])
@@ -120,7 +181,11 @@ class SceneRecords:
     """A complete data set, opened for reading; threads may share it."""
 
     def __init__(self, folder: epath.PathLike):
-        """Raises UserError if it is not complete, or a shard is not there as it was written."""
+        """Open the data set.
+
+        Raises:
+            UserError: it is not complete, or a shard is missing or has another size than when it was written.
+        """
         self.folder = epath.Path(folder)
         self.settings = read_settings(self.folder)
         if not (self.folder / INDEX).exists():
@@ -133,14 +198,18 @@ class SceneRecords:
         damaged = [shard.file for shard, ok in zip(self.index.shards, whole, strict=True) if not ok]
         if damaged:
             raise UserError(f"{folder}: {', '.join(damaged)} missing or cut short; start its build_data --encode again")
+        if not is_remote(folder):
+            _allow_open_files(len(self.index.shards))
         self._source = tfds.builder_from_directory(self.folder).as_data_source(SPLIT)
 
     @property
     def clips(self) -> tuple[StoredClip, ...]:
+        """The usable clips, in the order of the data file."""
         return tuple(StoredClip(name, number) for number, name in enumerate(self.index.clips))
 
     @property
     def groups(self) -> tuple[Group, ...]:
+        """The groups of shots; none if the data file lists single clips."""
         clips = self.clips
         return tuple(
             Group(name, tuple(None if shot is None else clips[shot] for shot in shots))
@@ -148,22 +217,28 @@ class SceneRecords:
         )
 
     def read(self, clip: StoredClip, variant: int) -> dict[str, np.ndarray]:
-        """`mean`, `logvar` (f h w c) and `text` (t x, bf16) of one variant; nothing else is read.
+        """Read one record and nothing else.
+
+        Returns:
+            `mean` and `logvar` (f h w c), unless the data set stores no frames, and `text` (t x) in bf16.
 
         Raises:
-            UnreadableScene: its bytes are not those that were written, or cannot be had.
+            UnreadableScene: the record's bytes have changed or cannot be read, or it is another clip's, because the
+                data set was built again in the meantime.
         """
-        number = clip.number * self.variants + variant
+        number = clip.number * max(1, self.variants) + variant
         try:
             record = self._source[number]
+            if record["video"].decode() != clip.name:
+                raise ValueError(f"it holds {record['video'].decode()}, not {clip.name}")
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             reason = " ".join(str(error).split())
             message = (
                 f"{self.folder}: record {number} (variant {variant}) cannot be read ({reason}); delete "
-                f"{self._shard_of(number)} and start its build_data --encode again"
+                f"{self._shard_of(number)} and start its build_data --encode, or the run that made it, again"
             )
             raise UnreadableScene(clip.name, message) from error
-        return {name: record[name] for name in ("mean", "logvar", "text")}
+        return {name: record[name] for name in ("mean", "logvar", "text") if name in record}
 
     def _shard_of(self, record: int) -> str:
         ends = list(itertools.accumulate(shard.num_records for shard in self.index.shards))
@@ -171,15 +246,15 @@ class SceneRecords:
 
 
 def is_data_set(path: epath.PathLike) -> bool:
-    """True for the folder of a data set, finished or not."""
+    """Return whether `path` is the folder of a data set, complete or not."""
     return (epath.Path(path) / SETTINGS).exists()
 
 
 def read_settings(folder: epath.PathLike) -> dict:
-    """What made the data set (CacheSettings.describe).
+    """Return the settings that made the data set, as `LatentSettings.describe` gives them.
 
     Raises:
-        UserError: it is no data set, or one of another version of this format.
+        UserError: the folder is no data set, or one of another version of this format.
     """
     if not is_data_set(folder):
         raise UserError(f"{folder} is no latent data set; build_data --encode makes one")
@@ -192,7 +267,7 @@ def read_settings(folder: epath.PathLike) -> dict:
 
 
 def differences(stored: Mapping, wanted: Mapping) -> list[str]:
-    """Of two descriptions: "size [48, 80], not [32, 48]" for everything that differs, names of nested ones dotted."""
+    """Return "size [48, 80], not [32, 48]" for each value that differs; names of nested values are dotted."""
     flat_stored, flat_wanted = _flat(stored), _flat(wanted)
     return [
         f"{name} {flat_stored.get(name)}, not {flat_wanted.get(name)}"
@@ -201,8 +276,12 @@ def differences(stored: Mapping, wanted: Mapping) -> list[str]:
     ]
 
 
-def check_settings(folder: epath.PathLike, wanted: CacheSettings, ignored: tuple[str, ...] = ()) -> None:
-    """Raises UserError if the data set was made in another way, naming every difference."""
+def check_settings(folder: epath.PathLike, wanted: LatentSettings, ignored: tuple[str, ...] = ()) -> None:
+    """Check that the data set was made with the settings `wanted`, up to the names in `ignored`.
+
+    Raises:
+        UserError: it was not; the message names every difference.
+    """
     stored, described = read_settings(folder), wanted.describe()
     for name in ignored:
         stored, described = ({**settings, name: None} for settings in (stored, described))
@@ -214,15 +293,50 @@ def check_settings(folder: epath.PathLike, wanted: CacheSettings, ignored: tuple
 
 
 def is_whole(folder: epath.Path, shard: Shard) -> bool:
-    """True if the file is there with the size that it had when it was written."""
+    """Return whether the file is there with the size that it had when it was written."""
     path = folder / shard.file
     return path.exists() and path.stat().length == shard.num_bytes
 
 
 def in_parallel(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """For questions to a bucket: each takes a tenth of a second, and there may be a hundred thousand."""
+    """Map `function` over `items` in threads: a request to a bucket takes 0.1 s, and there may be 100,000 of them."""
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         return list(pool.map(function, items))
+
+
+def clip_key(clip: Clip) -> str:
+    """Return a hash that names a clip on every machine: of its path in the data file and its caption."""
+    return hashlib.sha256(os.fsencode(f"{clip.name}\0{clip.caption}")).hexdigest()[:16]
+
+
+def source_stamp(clip: Clip) -> str:
+    """Return size and time of the video file, which change when it is replaced."""
+    try:
+        status = clip.path.stat()
+    except OSError:
+        return "missing"
+    return f"{status.st_size} bytes, modified {status.st_mtime_ns}"
+
+
+def json_hash(description: object) -> str:
+    """Return a hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _allow_open_files(num_shards: int) -> None:
+    """Raise this process's limit of open files, because TFDS keeps every shard open that it has read from.
+
+    Raises:
+        UserError: the system does not allow so many.
+    """
+    wanted = num_shards + _OTHER_FILES
+    soft, hard = (limit if limit >= 0 else wanted for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if hard < wanted:
+        raise UserError(
+            f"{num_shards} shards need {wanted} open files, {hard} are allowed; start with ulimit -n {wanted}"
+        )
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _flat(settings: Mapping, prefix: str = "") -> dict[str, object]:

@@ -1,11 +1,12 @@
-"""The two data files of the authors: the csv of pretraining (a clip a row) and the json of SFT (groups of shots).
+"""The authors' two data files, a csv of clips and a json of groups of shots, and what in them cannot be used.
 
     pretrain.csv   fps,width,height,caption,path,num_frame
     sft.json       [{"prefix", "values": [{"vid", "width", "height", "duration", "fps", "url", "caption"}, ...]}, ...]
 
 `path` and `url` are relative to the folder of the file. Every fault is one line with the file and the row or prefix.
-`read_*` raise the first one. `scan_*` go on: a faulty row costs that clip alone, and only a file whose structure is
-broken (no such column, no json) is an error. Names of files may be other bytes than UTF-8; captions may not.
+The `read_` functions raise an error at the first fault. The `scan_` functions go on: a faulty row costs that clip
+alone, and only a file with a broken structure (no such column, no json) is an error. File names may hold bytes that are
+not UTF-8; captions may not.
 """
 
 import contextlib
@@ -15,23 +16,34 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from absl import logging
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import atomic_output
 
 CSV_COLUMNS = ("fps", "width", "height", "caption", "path", "num_frame")
-_TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # other bytes may be a file's name: they are kept
 JSON_KEYS = ("vid", "width", "height", "duration", "fps", "url", "caption")
+FORMATS = ("csv", "json")
+_TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # keeps other bytes, which a file name may hold
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One shot: a whole video file and its caption. `name` is its path as the data file has it, `path` where it is.
+    """One shot: a whole video file and its caption.
 
-    `num_frames`, `fps`, `width` and `height` are what the data file says; what counts is what the video holds.
+    Attributes:
+        name: path as the data file has it.
+        path: path on this machine.
+        caption: text prompt.
+        num_frames: number of frames. Like the next three, it is the data file's claim; only the video itself counts.
+        fps: frames per second.
+        width: pixels.
+        height: pixels.
     """
 
     name: str
@@ -45,7 +57,7 @@ class Clip:
 
 @runtime_checkable
 class NamedClip(Protocol):
-    """What drawing samples needs to know of a clip; equal ones are the same clip."""
+    """The part of a clip that drawing samples needs; equal objects are the same clip."""
 
     name: str
 
@@ -60,11 +72,11 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """What a data file holds.
+    """The contents of a data file.
 
     Attributes:
-        groups: of consecutive shots; None in a file of single clips.
         clips: every clip without a fault, once, in the order of the file.
+        groups: groups of consecutive shots; None in a file of single clips.
         faults: the name of every other row or shot, and what is wrong with it.
     """
 
@@ -74,29 +86,54 @@ class Scan:
 
     @property
     def num_clips(self) -> int:
-        """Usable or not."""
+        """Number of clips, usable or not."""
         return len(self.clips) + len(self.faults)
 
 
 def read_pretrain_csv(path: str | Path) -> list[Clip]:
-    """Raises a UserError for an unreadable file, a missing column, value or video, an empty caption, or no rows."""
+    """Read a csv of single clips.
+
+    Raises:
+        UserError: an unreadable file, a missing column, value or video, an empty caption, or no rows.
+    """
     return list(_parse_csv(path, _Strict()))
 
 
 def read_sft_json(path: str | Path) -> list[Group]:
-    """Raises a UserError for an unreadable file, a missing key, value or video, an empty caption, or no groups."""
+    """Read a json of groups of shots.
+
+    Raises:
+        UserError: an unreadable file, a missing key, value or video, an empty caption, or no groups.
+    """
     return _parse_json(path, _Strict())
 
 
+def scan_data_file(file_format: str, path: str | Path) -> Scan:
+    """Read a data file of either format ("csv", "json"), its faulty rows set apart.
+
+    Raises:
+        UserError: see `scan_pretrain_csv` and `scan_sft_json`.
+    """
+    return {"csv": scan_pretrain_csv, "json": scan_sft_json}[file_format](path)
+
+
 def scan_pretrain_csv(path: str | Path) -> Scan:
-    """Raises a UserError for an unreadable file, a missing column, or no rows; a faulty row is among `faults`."""
+    """Read a csv of single clips; a faulty row is among `faults`.
+
+    Raises:
+        UserError: an unreadable file, a missing column, or no rows.
+    """
     faults = _Faults()
     clips = [clip for clip in _parse_csv(path, faults) if clip]
     return Scan(tuple(dict.fromkeys(clips)), None, faults.named)
 
 
 def scan_sft_json(path: str | Path) -> Scan:
-    """Raises a UserError for an unreadable file, or one that lists no groups; a faulty shot is among `faults`."""
+    """Read a json of groups of shots; a faulty shot is among `faults`.
+
+    Raises:
+        UserError: an unreadable file, or one that lists no groups.
+    """
     faults = _Faults()
     groups = tuple(_parse_json(path, faults))
     clips = [clip for group in groups for clip in group.clips if clip]
@@ -104,22 +141,80 @@ def scan_sft_json(path: str | Path) -> Scan:
 
 
 def printable(name: str) -> str:
-    """The name of a file as text for logs and json; bytes that are not UTF-8 show as \\xe9."""
+    """Return the name of a file as text for logs and json, with bytes that are not UTF-8 as hexadecimal escapes."""
     try:
         return os.fsencode(name).decode(errors="backslashreplace")
     except UnicodeEncodeError:  # half of a surrogate pair, which no file is called
         return name.encode(errors="backslashreplace").decode()
 
 
+class Skipped(Mapping[str, str]):
+    """The account of what cannot be used: name -> reason, up to a share of all.
+
+    It grows while training reads; threads may add to it.
+    """
+
+    def __init__(self, total: int, max_share: float):
+        """Start with nothing skipped.
+
+        Args:
+            total: number of items, usable or not.
+            max_share: share of them that may be skipped.
+        """
+        self.total, self.max_share = total, max_share
+        self._reasons: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, reason: str) -> None:
+        """Record and log an item, once for each name.
+
+        Raises:
+            UserError: that makes too many.
+        """
+        name, reason = printable(name), printable(reason)
+        with self._lock:
+            if name in self._reasons:
+                return
+            self._reasons[name] = reason
+        logging.warning("%s is skipped: %s", name, reason)
+        self.check()
+
+    def check(self) -> None:
+        """Check that no more than the allowed share is skipped.
+
+        Raises:
+            UserError: it is more; the message names the first items.
+        """
+        if len(self) <= self.max_share * self.total:
+            return
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(self.items())[:3])
+        raise UserError(
+            f"{len(self)} of {self.total} items cannot be used, more than data.max_skipped_share={self.max_share:g} "
+            f"({some}{'; ...' if len(self) > 3 else ''}); build_data --check lists all; correct or remove them"
+        )
+
+    def __getitem__(self, name: str) -> str:
+        """Return the reason of a name."""
+        return self._reasons[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names as of now; other threads may add to them."""
+        return iter(list(self._reasons))
+
+    def __len__(self) -> int:
+        """Return the number of names."""
+        return len(self._reasons)
+
+
 class _Strict:
-    """The first fault ends it."""
+    """Ends at the first fault."""
 
     def tolerate(self, _name: str):
         return contextlib.nullcontext()
 
 
 class _Faults:
-    """Faults are put down by name, and reading goes on."""
+    """Records faults by name and goes on."""
 
     def __init__(self):
         self.named: dict[str, str] = {}
@@ -171,7 +266,7 @@ def _parse_json(path: str | Path, faults: _Strict | _Faults) -> list[Group]:
 
 
 def write_pretrain_csv(path: str | Path, clips: Iterable[Clip]) -> None:
-    """Writes what `read_pretrain_csv` reads."""
+    """Write a csv that `read_pretrain_csv` reads."""
     with atomic_output(path) as partial, partial.open("w", newline="", **_TEXT) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)
@@ -181,7 +276,7 @@ def write_pretrain_csv(path: str | Path, clips: Iterable[Clip]) -> None:
 
 
 def write_sft_json(path: str | Path, groups: Iterable[Group]) -> None:
-    """Writes what `read_sft_json` reads."""
+    """Write a json that `read_sft_json` reads."""
 
     def values(clip: Clip) -> tuple:
         duration = round(clip.num_frames / clip.fps, 3)
@@ -197,13 +292,13 @@ def write_sft_json(path: str | Path, groups: Iterable[Group]) -> None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(**_TEXT).removeprefix("\ufeff")  # which a spreadsheet puts in front
+        return path.read_text(**_TEXT).removeprefix("\ufeff")  # spreadsheets put it in front
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of the data file") from error
 
 
 def _csv_clip(where: str, folder: Path, row: Mapping) -> Clip:
-    if None in row:  # where DictReader puts what is left over
+    if None in row:  # DictReader's key for surplus values
         raise UserError(f"{where}: has more values than columns; put a caption with commas in double quotes")
     return _clip(where, folder, row, row["path"])
 

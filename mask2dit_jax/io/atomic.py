@@ -1,12 +1,15 @@
-"""Atomic output files: a reader never sees a file that is only partly written."""
+"""Atomic output files, which a reader never sees half-written, and locks between processes."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from absl import logging
 from etils import epath
 
 from mask2dit_jax.errors import UserError, is_no_answer
@@ -44,6 +47,43 @@ def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
     """
     for partial in epath.Path(folder).glob(f".????????.{name}"):
         partial.unlink(missing_ok=True)
+
+
+class FileLock:
+    """A lock between processes, also of several machines on a shared disk; a process that dies releases it."""
+
+    def __init__(self, path: str | os.PathLike):
+        """Name the lock by a file, which is made if needed and stays."""
+        self._path, self._file = Path(path), None
+
+    def acquire(self) -> bool:
+        """Take the lock, and return whether this process holds it; it does not wait.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._file or self._path.open("a")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror}; choose an output that can be written"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            logging.warning("%s: this disk has no locks (%s); start one run at a time", self._path, error.strerror)
+        return True
+
+    def release(self) -> None:
+        """Give the lock back if this process holds it."""
+        if self._file:
+            self._file.close()
+            self._file = None
 
 
 @contextlib.contextmanager

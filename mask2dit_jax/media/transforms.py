@@ -6,24 +6,27 @@ from PIL import Image
 
 
 def fit_frames(frames: UInt8[np.ndarray, "f h w 3"], size: tuple[int, int]) -> Float32[np.ndarray, "f _h _w 3"]:
-    """Convert frames of any size to the input of the VAE.
+    """Resize, crop and scale frames of any size to what the VAE takes: `size` (height, width), values in [-1, 1]."""
+    return scale_pixels(crop_frames(frames, size))
 
-    The SHORT side is resized to the smaller side of `size`, and the centre is cropped, as in the Resize + CenterCrop +
-    Normalize of the authors' code. One thing differs. If the resized frame would not cover `size` (because it is less
-    oblong than the target), theirs pads with black bars, which a model would learn to draw. Here, the frame is enlarged
-    until it covers `size`. Resizing is bilinear with antialiasing, in 8 bits.
 
-    Args:
-        frames: RGB frames.
-        size: Height and width of the result in pixels.
+def crop_frames(frames: UInt8[np.ndarray, "f h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "f _h _w 3"]:
+    """Resize frames so that the SHORT side becomes the smaller side of `size` (height, width), and crop the centre.
+
+    This is the Resize + CenterCrop of the authors' code, but for one thing: where the resized frame would not cover
+    `size` (a frame less oblong than the target) theirs pads with black bars, which a model would learn to draw; here it
+    is enlarged until it covers. Bilinear with antialiasing, on 8 bits.
     """
     height, width = resized_shape(frames.shape[1:3], size)
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
     box = np.s_[top : top + size[0], left : left + size[1]]
-    fitted = [
-        np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR))[box] for frame in frames
-    ]
-    return np.stack(fitted).astype(np.float32) / 127.5 - 1
+    resized = (Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR) for frame in frames)
+    return np.stack([np.asarray(frame)[box] for frame in resized])
+
+
+def scale_pixels(frames: UInt8[np.ndarray, "f h w 3"]) -> Float32[np.ndarray, "f h w 3"]:
+    """Scale 8 bits to [-1, 1]."""
+    return frames.astype(np.float32) / 127.5 - 1
 
 
 def resized_shape(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

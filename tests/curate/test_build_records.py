@@ -18,20 +18,17 @@ from etils import epath
 
 from mask2dit_jax.curate import build_records as building
 from mask2dit_jax.curate.build_records import SceneLatents
-from mask2dit_jax.curate.encode import Encoders, encode_clip
 from mask2dit_jax.data import latents
+from mask2dit_jax.data.encode import Encoders, encode_clip
 from mask2dit_jax.data.frames import SftSampling
-from mask2dit_jax.data.latent_cache import CacheSettings
-from mask2dit_jax.data.latents import RecordShapes, SceneRecords
-from mask2dit_jax.data.scene_store import UnreadableScene
-from mask2dit_jax.data.skipped import Skipped
-from mask2dit_jax.data.sources import Clip, Group, Scan
+from mask2dit_jax.data.latents import LatentSettings, RecordShapes, SceneRecords, UnreadableScene
+from mask2dit_jax.data.sources import Clip, Group, Scan, Skipped
 from mask2dit_jax.errors import UserError
 from tests.bucket import buckets_in
 from tests.data.clips import GREY_STEP, make_clip
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = CacheSettings(
+SETTINGS = LatentSettings(
     SftSampling(5, 1, 2), size=(16, 16), variants=2, seed=0, max_tokens=4, encoders="stub", compute_dtype="float32"
 )
 SHAPES = RecordShapes((5, 1, 1, 2), (4, 8))
@@ -283,6 +280,18 @@ def test_a_flipped_bit_costs_its_record(copied):
     assert error.value.name == "1.mp4"
     store.read(store.clips[0], 1)
     store.read(store.clips[2], 0)
+
+
+def test_every_shard_may_be_open_at_once(complete, monkeypatch):
+    """TFDS keeps them open, and a process may often open no more than 1024 files."""
+    limits = []
+    monkeypatch.setattr(latents.resource, "getrlimit", lambda _: (100, 4096))
+    monkeypatch.setattr(latents.resource, "setrlimit", lambda _, limit: limits.append(limit))
+    SceneRecords(complete)
+    assert limits == [(7 + 512, 4096)]
+    monkeypatch.setattr(latents.resource, "getrlimit", lambda _: (100, 500))
+    with pytest.raises(UserError, match="7 shards need 519 open files, 500 are allowed; start with ulimit -n 519"):
+        SceneRecords(complete)
 
 
 OTHERS = {

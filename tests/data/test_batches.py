@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 import os
 import shutil
@@ -10,12 +9,13 @@ import numpy as np
 import pytest
 
 from mask2dit_jax import data
+from mask2dit_jax.curate.build_records import SceneLatents
 from mask2dit_jax.data.batches import make_batches
+from mask2dit_jax.data.encode import EncodedClip
 from mask2dit_jax.data.frames import SftSampling
-from mask2dit_jax.data.latent_cache import CacheSettings, EncodedClip, LatentCache
+from mask2dit_jax.data.latents import LatentSettings, RecordShapes, SceneRecords
 from mask2dit_jax.data.samples import ConsecutiveShots, UnrelatedClips
-from mask2dit_jax.data.skipped import Skipped
-from mask2dit_jax.data.sources import Clip, Group
+from mask2dit_jax.data.sources import Clip, Group, Scan, Skipped
 from mask2dit_jax.errors import UserError
 
 VARIANTS, FRAMES = 2, 3
@@ -25,22 +25,22 @@ VARIANTS, FRAMES = 2, 3
 def stored(tmp_path_factory):
     """Five clips whose latents say clip and variant: mean = 10 * clip + variant, logvar = -mean, text = clip."""
     folder = tmp_path_factory.mktemp("data")
-    cache = LatentCache.open(
-        folder / "cache", CacheSettings(SftSampling(9), (16, 16), VARIANTS, 0, 4, "tiny", "float32")
-    )
-    clips = []
-    for number in range(5):
-        path = folder / f"{number}.mp4"
-        path.write_bytes(b"video")
-        clips.append(Clip(path.name, path, f"caption {number}", 20, 25.0, 48, 32))
-        mean = np.broadcast_to(
-            10 * number + np.arange(VARIANTS, dtype=np.float32)[:, None, None, None, None], (VARIANTS, FRAMES, 2, 2, 16)
-        )
-        text = np.full((4, 8), number, np.float32)
-        cache.write(
-            clips[-1], EncodedClip(mean, -mean, text, np.zeros(VARIANTS, np.int32), np.ones(VARIANTS, np.int32))
-        )
-    return cache, clips
+    settings = LatentSettings(SftSampling(9), (16, 16), VARIANTS, 0, 4, "tiny", "float32")
+    clips = tuple(Clip(f"{n}.mp4", folder / f"{n}.mp4", f"caption {n}", 20, 25.0, 48, 32) for n in range(5))
+
+    def encode(clip):
+        number = clips.index(clip)
+        mean = np.full((VARIANTS, FRAMES, 2, 2, 16), 10 * number, np.float32)
+        mean += np.arange(VARIANTS, dtype=np.float32).reshape(VARIANTS, 1, 1, 1, 1)
+        ones = np.ones(VARIANTS, np.int32)
+        return EncodedClip(mean, -mean, np.full((4, 8), number, np.float32), ones, ones)
+
+    shapes, scan = RecordShapes((FRAMES, 2, 2, 16), (4, 8)), Scan(clips, None, {})
+    builder = SceneLatents(folder / "latents", settings, shapes, scan, encode, Skipped(5, 0.0))
+    builder.download_and_prepare()
+    builder.finish()
+    store = SceneRecords(folder / "latents")
+    return store, store.clips
 
 
 def take(iterator, count):
@@ -59,8 +59,8 @@ def assert_equal(batches, others):
 
 
 def test_shapes_and_order_of_scenes(stored):
-    cache, clips = stored
-    batch = next(make_batches(cache, UnrelatedClips(clips, 3), global_batch_size=4, seed=0))
+    store, clips = stored
+    batch = next(make_batches(store, UnrelatedClips(clips, 3), global_batch_size=4, seed=0))
     assert batch["mean"].shape == batch["logvar"].shape == (4, 3 * FRAMES, 2, 2, 16)
     assert batch["text"].shape == (4, 3, 4, 8)
     np.testing.assert_array_equal(batch["mean"], -batch["logvar"])
@@ -71,15 +71,15 @@ def test_shapes_and_order_of_scenes(stored):
 
 
 def test_sft_takes_neighbours_in_order(stored):
-    cache, clips = stored
+    store, clips = stored
     samples = ConsecutiveShots([Group("g", tuple(clips))], 3, clips)  # fewer groups than samples in a batch
-    for batch in take(make_batches(cache, samples, global_batch_size=4, seed=0), 5):
+    for batch in take(make_batches(store, samples, global_batch_size=4, seed=0), 5):
         assert (np.diff(scene_numbers(batch) // 10, axis=1) == 1).all()
 
 
 def test_every_clip_once_an_epoch_in_changing_order_and_every_variant(stored):
-    cache, clips = stored
-    batches = take(make_batches(cache, UnrelatedClips(clips, 1), global_batch_size=5, seed=0), 12)
+    store, clips = stored
+    batches = take(make_batches(store, UnrelatedClips(clips, 1), global_batch_size=5, seed=0), 12)
     orders = [tuple(scene_numbers(batch)[:, 0] // 10) for batch in batches]
     assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders)
     assert len(set(orders)) > 1
@@ -89,20 +89,20 @@ def test_every_clip_once_an_epoch_in_changing_order_and_every_variant(stored):
 
 @pytest.mark.parametrize("start", [1, 7])
 def test_resume_is_exact(stored, start):
-    cache, clips = stored
+    store, clips = stored
     samples = UnrelatedClips(clips, 3)
-    whole = take(make_batches(cache, samples, global_batch_size=2, seed=3), 10)
-    assert_equal(whole, take(make_batches(cache, samples, global_batch_size=2, seed=3), 10))
-    tail = take(make_batches(cache, samples, global_batch_size=2, seed=3, start_step=start), 10 - start)
+    whole = take(make_batches(store, samples, global_batch_size=2, seed=3), 10)
+    assert_equal(whole, take(make_batches(store, samples, global_batch_size=2, seed=3), 10))
+    tail = take(make_batches(store, samples, global_batch_size=2, seed=3, start_step=start), 10 - start)
     assert_equal(whole[start:], tail)
 
 
 def test_another_seed_is_another_order(stored):
-    cache, clips = stored
+    store, clips = stored
     one, other = (
         [
             scene_numbers(batch).tolist()
-            for batch in take(make_batches(cache, UnrelatedClips(clips, 3), global_batch_size=2, seed=seed), 4)
+            for batch in take(make_batches(store, UnrelatedClips(clips, 3), global_batch_size=2, seed=seed), 4)
         ]
         for seed in (0, 1)
     )
@@ -110,73 +110,65 @@ def test_another_seed_is_another_order(stored):
 
 
 def test_processes_share_the_same_global_batches(stored):
-    cache, clips = stored
+    store, clips = stored
     samples = UnrelatedClips(clips, 2)
-    alone = take(make_batches(cache, samples, global_batch_size=4, seed=0), 5)
+    alone = take(make_batches(store, samples, global_batch_size=4, seed=0), 5)
     for rows in ([0, 1], [2, 3], [3], [0, 2]):
-        part = take(make_batches(cache, samples, global_batch_size=4, seed=0, rows=rows), 5)
+        part = take(make_batches(store, samples, global_batch_size=4, seed=0, rows=rows), 5)
         assert_equal(part, [{name: array[rows] for name, array in batch.items()} for batch in alone])
-
-
-def test_a_missing_cache_file_is_named(stored, tmp_path):
-    cache, clips = stored
-    empty = LatentCache.open(tmp_path, cache.settings)
-    with pytest.raises(UserError, match=r"encode \d.mp4 again"):
-        next(make_batches(empty, UnrelatedClips(clips, 1), global_batch_size=2, seed=0))
 
 
 def test_the_data_side_needs_no_jax(stored):
     """None of our modules imports it. Grain does, but starts no device: on the platform set here that would fail."""
     modules = sorted(path.stem for path in Path(data.__file__).parent.glob("*.py") if path.stem != "batches")
-    cache, clips = stored
+    store, _ = stored
     program = f"""
 import importlib, sys
 for module in {modules}:
     importlib.import_module("mask2dit_jax.data." + module)
 assert not {{"jax", "flax"}} & set(sys.modules)
-from pathlib import Path, PosixPath
-from mask2dit_jax.data.latent_cache import CacheSettings, LatentCache
 from mask2dit_jax.data.batches import make_batches
-from mask2dit_jax.data.frames import SftSampling
+from mask2dit_jax.data.latents import SceneRecords
 from mask2dit_jax.data.samples import UnrelatedClips
-from mask2dit_jax.data.sources import Clip
-samples = UnrelatedClips({clips}, 3)
-next(make_batches(LatentCache(Path({str(cache.folder)!r}), {cache.settings}), samples, global_batch_size=2, seed=0))
+store = SceneRecords({str(store.folder)!r})
+next(make_batches(store, UnrelatedClips(store.clips, 3), global_batch_size=2, seed=0))
 """
     environment = {**os.environ, "JAX_PLATFORMS": "no_such_platform"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def damage(cache, clip):
-    """After it the clip's file ends too early, as after a full disk."""
-    path = cache.path(clip)
-    path.write_bytes(path.read_bytes()[:-1])
+def damage(store, number):
+    """Overwrite a part of the shard that holds this clip, as a failing disk does."""
+    path = Path(store.folder) / store.index.shards[number].file
+    raw = bytearray(path.read_bytes())
+    raw[100:3000] = bytes(2900)  # in both of its records
+    path.write_bytes(raw)
 
 
 @pytest.fixture
 def damaged(stored, tmp_path):
-    """The cache with its third clip unreadable, and that clip's name."""
-    cache, clips = stored
-    copy = dataclasses.replace(cache, folder=Path(shutil.copytree(cache.folder, tmp_path / "cache")))
-    damage(copy, clips[2])
-    return copy, clips
+    """The data set with its third clip unreadable."""
+    store, _ = stored
+    copy = SceneRecords(shutil.copytree(store.folder, tmp_path / "latents"))
+    damage(copy, 2)
+    return copy, copy.clips
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_an_unreadable_scene_is_replaced_the_same_everywhere(damaged, kind):
-    cache, clips = damaged
+    store, clips = damaged
     groups = [Group("broken", tuple(clips[:3])), Group("whole", tuple(clips[2:])), Group("short", tuple(clips[3:]))]
     samples = UnrelatedClips(clips, 3) if kind == "pretrain" else ConsecutiveShots(groups, 2, clips)
 
     def read(count, **part):
         skipped = Skipped(len(clips), max_share=0.2)
-        batches = make_batches(cache, samples, global_batch_size=4, seed=1, skipped=skipped, **part)
+        batches = make_batches(store, samples, global_batch_size=4, seed=1, skipped=skipped, **part)
         return take(batches, count), skipped
 
     alone, skipped = read(8)
     assert list(skipped) == ["2.mp4"]
-    assert "encode 2.mp4 again" in skipped["2.mp4"]
+    assert "cannot be read (Corrupted" in skipped["2.mp4"]
     scenes = np.concatenate([scene_numbers(batch) for batch in alone]) // 10
     assert set(scenes.flat) == {0, 1, 3, 4}
     if kind == "pretrain":
@@ -190,10 +182,10 @@ def test_an_unreadable_scene_is_replaced_the_same_everywhere(damaged, kind):
 
 
 def test_too_many_unreadable_scenes_stop_the_run(damaged):
-    cache, clips = damaged
-    damage(cache, clips[4])
+    store, clips = damaged
+    damage(store, 4)
     skipped = Skipped(len(clips), max_share=0.2)
-    batches = make_batches(cache, UnrelatedClips(clips, 2), global_batch_size=5, seed=0, skipped=skipped)
+    batches = make_batches(store, UnrelatedClips(clips, 2), global_batch_size=5, seed=0, skipped=skipped)
     with pytest.raises(
         UserError, match=r"2 of 5 items cannot be used, more than data.max_skipped_share=0.2 \(\d.mp4: "
     ):
@@ -201,9 +193,9 @@ def test_too_many_unreadable_scenes_stop_the_run(damaged):
 
 
 def test_a_disk_that_is_gone_ends_the_run(stored, tmp_path):
-    cache, clips = stored
-    empty = LatentCache.open(tmp_path, cache.settings)
-    skipped = Skipped(len(clips), max_share=1.0)
+    empty = SceneRecords(shutil.copytree(stored[0].folder, tmp_path / "latents"))
+    shutil.rmtree(empty.folder)
+    clips, skipped = empty.clips, Skipped(5, max_share=1.0)
     with pytest.raises(
         UserError, match=r"100 samples in a row cannot be read, the last for .*; is the disk still there"
     ):

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[2]
 _PATIENCE = 1800  # seconds, many times what any main here takes
 _SERVER = multiprocessing.get_context("forkserver")
 _IMPORTED = (
-    *("mask2dit_jax.training_data", "mask2dit_jax.pretrained.transformer_source", "mask2dit_jax.curate.build_records"),
+    *("mask2dit_jax.training.training_data", "mask2dit_jax.pretrained.transformer_source"),
     *("mask2dit_jax.media.storyboard", "mask2dit_jax.curate.shot_dataset", "mask2dit_jax.sampling.engine"),
+    "mask2dit_jax.curate.build_records",
     *("mask2dit_jax.training.optimizer", "mask2dit_jax.parallel.mesh", "ml_collections.config_flags"),
     "mask2dit_jax.training.events",
 )
