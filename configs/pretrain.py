@@ -1,6 +1,6 @@
-"""Stage 1, pretraining: n unrelated single-scene clips make one sample. The attention mask alone, no conditional mask.
+r"""Stage 1, pretraining: n unrelated single-scene clips make one sample. The attention mask alone, no conditional mask.
 
-    python -m mask2dit_jax.train --config=configs/pretrain.py \\
+    python -m mask2dit_jax.train --config=configs/pretrain.py \
         --config.pretrained=CogVideoX-5b --config.data.path=pretrain.csv
 
 The 5B recipe: 10,000 steps of 8 videos of 3 x 49 frames at 480 x 720 (paper, section 4.1; its authors used 8 GPUs).

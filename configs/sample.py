@@ -1,7 +1,7 @@
-"""Sampling: the first `num_scenes` scenes together, then one at a time with the last n-1 as context.
+r"""Sampling: the first `num_scenes` scenes together, then one at a time with the last n-1 as context.
 
     python -m mask2dit_jax.sample --config=configs/sample.py --config.pretrained=Mask2DiT --story=story.yaml
-    python -m mask2dit_jax.sample --config=configs/sample.py --config.pretrained=CogVideoX-5b \\
+    python -m mask2dit_jax.sample --config=configs/sample.py --config.pretrained=CogVideoX-5b \
         --config.checkpoint=runs/sft --config.prompts="('first scene', 'second scene', 'third scene')"
 
 `--plan` prints what would be done and stops. Several stories and seeds: `--story=a.yaml,b.yaml

@@ -1,6 +1,6 @@
-"""Stage 2, SFT: n consecutive scenes make one sample; with probability 0.5 the last is denoised given the others.
+r"""Stage 2, SFT: n consecutive scenes make one sample; with probability 0.5 the last is denoised given the others.
 
-    python -m mask2dit_jax.train --config=configs/sft.py --config.init_from=runs/pretrain \\
+    python -m mask2dit_jax.train --config=configs/sft.py --config.init_from=runs/pretrain \
         --config.pretrained=CogVideoX-5b --config.data.path=sft.json
 
 The 5B recipe: 10,000 steps of 8 videos of 3 x 49 frames at 480 x 720 (paper, section 4.1; its authors used 8 GPUs).

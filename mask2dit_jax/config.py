@@ -110,6 +110,7 @@ class Section:
     PREFIX: typing.ClassVar[str] = ""  # how the section is called inside a config: "optimizer."
 
     def __post_init__(self):
+        """Run the checks of all fields, then `check`."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for check in field.metadata.get("checks", ()):
@@ -362,6 +363,7 @@ def read_config(config: ConfigDict | Mapping[str, Any], kind: type[T], program: 
     """Turn what a config file and the command line said into a checked dataclass.
 
     Args:
+        config: what a config file returned, or the fields of an earlier run.
         kind: `TrainConfig` or `SampleConfig`, what the caller runs, or `RunConfig` for either.
         program: name of the caller in messages.
 

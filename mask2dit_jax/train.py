@@ -1,4 +1,4 @@
-"""Trains the multi-scene transformer: pretraining, SFT and their ablations, chosen by the config.
+"""Train the multi-scene transformer: pretraining, SFT or an ablation, as the config says.
 
     python -m mask2dit_jax.train --config=configs/sft.py --config.pretrained=CogVideoX-5b --config.data.path=sft.json
     python -m mask2dit_jax.train --config=configs/sft.py:tiny --workdir=workdir/sft
@@ -38,16 +38,18 @@ from mask2dit_jax.training.step import Batch, TrainState, evaluated_params
 from mask2dit_jax.training.stopping import EXIT_CODE, StopRequest
 from mask2dit_jax.training.training_data import TrainingData, open_training_data
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, e.g. configs/sft.py:tiny.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, such as configs/sft.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run, for checkpoints and TensorBoard logs; default: runs/NAME, such as runs/sft."
 )
 flags.mark_flag_as_required("config")
 
-_STEPS_AHEAD = 1  # of the devices: enough that they never wait, few enough that SIGTERM need not wait for long
+# Steps dispatched ahead of the devices. One keeps them busy, and SIGTERM then waits for two steps at most.
+_STEPS_AHEAD = 1
 
 
 def main(argv):
+    """Open weights and data, find where the run starts, and train."""
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
     distributed.initialize(sigterm_is_asked_for=True)
@@ -90,7 +92,11 @@ def _run(
     manager: checkpoint.Manager,
     stop: StopRequest,
 ) -> int:
-    """Steps until the config's last one, or until asked to stop; a checkpoint now and then, and at the end."""
+    """Train until the last step or a request to stop. Save a checkpoint every so often, and at the end.
+
+    Returns:
+        The number of the last step.
+    """
     first_step, total = int(state.step), config.num_steps
     log, record = watch.log, setup.run_record(config, watch.program.model)
     under_way = collections.deque()
@@ -119,11 +125,22 @@ def _run(
 
 
 class Watch:
-    """What is looked at while a run goes, and where it is written."""
+    """Observes a run: logs, validation, storyboards and profiler traces."""
 
     def __init__(
         self, config: TrainConfig, programs, pretrained, workdir, data: TrainingData, rows, events: EventFile | None
     ):
+        """Open the logs.
+
+        Args:
+            config: the run.
+            programs: the run's programs; the first validates and draws storyboards.
+            pretrained: the frozen components, for storyboards.
+            workdir: folder of the run.
+            data: the training data.
+            rows: rows of a global batch that this process reads.
+            events: TensorBoard file, None on processes that write none.
+        """
         self.program = programs[0]
         self.is_first = jax.process_index() == 0
         self._config, self._data, self._rows = config, data, rows
@@ -140,19 +157,19 @@ class Watch:
             self._preview = Preview(self.program, pretrained, config.sample_steps, workdir, events)
 
     def look(self, step: int, state: TrainState) -> None:
-        """Validation and a storyboard, when they are due, with the averaged parameters if there are any."""
+        """Validate and draw a storyboard when they are due, with the averaged parameters if there are any."""
         params = evaluated_params(state, self.program.update)
         if _is_due(step, self._config.validate_every):
             losses = jax.device_get(self.program.validate(params, self._fixed_batch))
             self.log.write(step, validation.scalars(losses, self.program.objective))
         if _is_due(step, self._config.sample_every):
             self._preview(step, params, self._fixed_batch["text"])
-        if _is_due(step, self._config.checkpoint_every):  # where processes wait for each other anyway
+        if _is_due(step, self._config.checkpoint_every):  # processes wait for each other there anyway
             self._data.gather_skipped()
 
     @functools.cached_property
     def _fixed_batch(self) -> Batch:
-        """The batch of step 0, whatever step the run began at."""
+        """The batch of step 0, whichever step the run starts at."""
         batch = next(_batches(self._config, self._data, 0, self._rows))
         batch = scene_lengths.cut_scenes(batch, self.program.stored_layout, self.program.objective.layout)
         return global_batch(batch, self.program.abstract_batch, self._rows)
@@ -169,7 +186,7 @@ def _batches(config: TrainConfig, data: TrainingData, start_step: int, rows) -> 
 def _placed(
     config: TrainConfig, programs: tuple[TrainProgram, ...], data: TrainingData, start_step: int, rows
 ) -> Iterator[tuple[TrainProgram, Batch]]:
-    """Each step's batch on its devices, and the program for the lengths that its scenes have."""
+    """Yield each step's batch on its devices, with the program for the lengths of its scenes."""
     by_layout = {program.objective.layout: program for program in programs}
     for number, batch in enumerate(_batches(config, data, start_step, rows), start=start_step):
         program = by_layout[scene_lengths.draw(tuple(by_layout), config.seed, number)]
@@ -178,7 +195,7 @@ def _placed(
 
 
 def _find_start(config: TrainConfig, pretrained: Pretrained, manager) -> tuple[str, TransformerSource | None]:
-    """What the run starts from, in this order: resume, init_from, the pretrained directory, random numbers."""
+    """Return what the run starts from: its checkpoint, `init_from`, `pretrained` or random numbers, in this order."""
     if (step := resume.set_aside_unreadable(manager)) is not None:
         logging.info("start: resuming step %d of %s", step, manager.directory)
         source = TransformerSource.require(manager.directory)
@@ -195,7 +212,7 @@ def _find_start(config: TrainConfig, pretrained: Pretrained, manager) -> tuple[s
 
 
 def _start_state(program: TrainProgram, start: str, source: TransformerSource | None, manager) -> TrainState:
-    """Every parameter comes straight onto its devices."""
+    """Load or initialise the state; each parameter goes straight to its devices."""
     if start == "resume":
         return resume.restore(manager, program.abstract_state)
     if source:

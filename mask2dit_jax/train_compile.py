@@ -1,11 +1,11 @@
-"""What fits on a slice of TPUs and what a step costs there, without a TPU: compiles the programs of a config for it.
+"""Compile the programs of a config for a slice of TPUs, without a TPU: does it fit, and what does a step cost?
 
     python -m mask2dit_jax.train_compile --config=configs/sft.py:5b --topology=v5p:4x4x4 --json=FILE
 
-A training config compiles the very `train_step` that train runs, a sampling config the denoising step that sample
-runs, on one host of the slice; --encoders adds the text encoder and the VAE. Without pretrained weights the sizes are
-CogVideoX's own. FILE holds the figures of the main program, those of all under "programs", and what the job holds in
-HBM at once under "job".
+A training config compiles the very `train_step` that `train` runs. A sampling config compiles the denoising step that
+`sample` runs, for one host of the slice. --encoders adds the text encoder and the VAE. Without pretrained weights, the
+sizes are those of CogVideoX. FILE gets the figures of the main program, those of all programs under "programs", and
+what the job holds in HBM at once under "job".
 """
 
 import dataclasses
@@ -50,13 +50,12 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def main(argv):
+    """Compile, and print what fits and what a step costs."""
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
     prepare_compiler()
-    config, topology = (
-        read_config(_CONFIG.value, RunConfig, "train_compile"),
-        parse_topology(_TOPOLOGY.value, _SLICES.value),
-    )
+    config = read_config(_CONFIG.value, RunConfig, "train_compile")
+    topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
     is_training = isinstance(config, TrainConfig)
     sizes = Sizes.of(config)
     if is_training:
@@ -82,7 +81,7 @@ def main(argv):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of all that a job is made of: read from `pretrained`, or CogVideoX's own where nothing is downloaded yet."""
+    """Sizes of the models of a job: those of `pretrained`, or CogVideoX's own if nothing is downloaded yet."""
 
     model: TransformerConfig
     vae: CodecConfig
@@ -91,6 +90,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Sizes":
+        """Read the sizes that a config stands for."""
         if config.pretrained:
             pretrained = Pretrained.open(config.pretrained)
             vae, text_encoder = pretrained.vae.config, pretrained.text_encoder.config
@@ -104,7 +104,7 @@ class Sizes:
 
 
 def _transformer_sizes(config: RunConfig, vae: CodecConfig, text_encoder: T5Config) -> TransformerConfig:
-    """Those of the weights that the config names; else, as in training from scratch, the config's or its preset's."""
+    """Return the sizes of the weights that the config names, or else those of the config or of its preset."""
     is_training = isinstance(config, TrainConfig)
     stored = (config.init_from if is_training else config.checkpoint) or config.pretrained
     source = TransformerSource.find(stored) if stored else None
@@ -136,7 +136,7 @@ def _compile_denoise(config: SampleConfig, mesh: Mesh, topology: Topology, sizes
 
 
 def _compile_encoders(config: RunConfig, topology: Topology, sizes: Sizes, decode: bool) -> list[CompileReport]:
-    """The frozen components, each for one scene on one host, as they run. Of these the FLOPs needed are not counted."""
+    """Compile the frozen components as they run, for one scene on one host. Their ideal FLOPs are not counted."""
     dtype = jnp.dtype(config.compute_dtype)
     layout = scene_sizes.scene_layout(config, sizes.model, sizes.vae)
     latent_size = [side * sizes.model.patch_size for side in layout.grid]
@@ -155,7 +155,7 @@ def _compile_encoders(config: RunConfig, topology: Topology, sizes: Sizes, decod
         programs += _chunk_programs("vae decode", vae_mesh, run, vae_params, latents, chunks)
 
     def lower(run, *arguments):
-        overwritten = range(2, len(arguments))  # a chunk's cache, by the next one's
+        overwritten = range(2, len(arguments))  # the cache of a chunk is donated to that of the next
         return jax.jit(run, donate_argnums=overwritten).trace(*arguments).lower(lowering_platforms=("tpu",))
 
     return [
@@ -165,7 +165,7 @@ def _compile_encoders(config: RunConfig, topology: Topology, sizes: Sizes, decod
 
 
 def _chunk_programs(name: str, mesh: Mesh, run, params, shape: tuple[int, ...], chunks: list[slice]) -> list[tuple]:
-    """The first chunk of a clip, and the next one with its cache, if there is one: the program of most chunks."""
+    """Return the program of a clip's first chunk, and that of the chunks after it, if there are any."""
     first, *rest = (_replicated(mesh, (chunk.stop - chunk.start, *shape[1:])) for chunk in chunks)
     programs = [(name, mesh, functools.partial(run, cache=None), params, first)]
     if rest:
@@ -218,7 +218,7 @@ def _model_flops(
 
 
 def _job(reports: list[CompileReport]) -> dict:
-    """What a job that holds the arguments of all programs needs while each of them runs, on one chip."""
+    """Return the HBM that one chip needs if the job holds the arguments of all programs while each of them runs."""
     held = sum(report.hbm_arguments_gib or 0 for report in reports)
     peaks = {r.name: r.hbm_peak_gib + held - (r.hbm_arguments_gib or 0) for r in reports}
     limit = reports[0].hbm_limit_gib

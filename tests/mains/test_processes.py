@@ -16,8 +16,10 @@ pytestmark = pytest.mark.slow
 
 
 def train_together(commands, count: int, folder, flags, main="train", last=()) -> list:
-    """Runs `main` in `count` processes at once; their output goes into folders of their own. The last of them is given
-    the flags `last` as well."""
+    """Run `main` in `count` processes at once, each with a folder for its output.
+
+    The last process gets the flags `last` as well.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

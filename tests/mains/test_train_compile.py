@@ -51,7 +51,7 @@ def test_an_unknown_topology(commands):
 
 @pytest.mark.slow
 def test_sampling_at_full_size(commands, tmp_path):
-    """5B, three scenes of 49 frames at 480 x 720, guided, on one host. (Training: benchmarks/tpu_slices.py.)"""
+    """5B, three scenes of 49 frames at 480 x 720, guided, on one host; benchmarks/tpu_slices.py compiles training."""
     found, _ = compiled(commands, tmp_path, "--config=configs/sample.py:5b", "--topology=v5p-8")
     assert found["hbm_headroom_gib"] > 80
     assert not found["warnings"]

@@ -54,7 +54,8 @@ class Pipeline:
 
         Args:
             noise: that the scenes to generate start from, (1 f h w c).
-            given: clean latents of the first scenes, and `condition_noise` what they are noised with.
+            given: clean latents of the first scenes.
+            condition_noise: noise of the given scenes at t = 0.
         """
         config = SamplingConfig(
             SamplerConfig("ddim", self.setting["steps"]),

@@ -208,7 +208,7 @@ def test_live_diffusers_other_schedules(kind, set_alpha_to_one, rescale, monkeyp
 
 
 def test_live_diffusers_timesteps_for_every_step_count():
-    """diffusers makes one step too many, at timestep -1, where its floating-point range overshoots; ours does not."""
+    """Diffusers makes one step too many, at timestep -1, where its floating-point range overshoots; ours does not."""
     schedule = NoiseSchedule(ScheduleConfig.cogvideox_5b())
     scheduler = live_scheduler("ddim", schedule)
     for steps in range(1, schedule.config.num_train_timesteps + 1):
@@ -221,7 +221,7 @@ def test_live_diffusers_timesteps_for_every_step_count():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("snr_shift_scale", [1.0, 3.0])
 def test_live_diffusers_noise_with_a_timestep_a_frame(snr_shift_scale, dtype):
-    """diffusers has one timestep for each sample, so a frame of ours is a sample of theirs."""
+    """Diffusers has one timestep for each sample, so a frame of ours is a sample of theirs."""
     schedule = NoiseSchedule(ScheduleConfig(rescale_betas_zero_snr=True, snr_shift_scale=snr_shift_scale))
     scheduler = live_scheduler("dpm", schedule)
     rng = np.random.default_rng(1)

@@ -9,11 +9,11 @@ from configs.sample import get_config
 from mask2dit_jax.media.video_writer import write_video
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.pretrained.pretrained import Pretrained
+from mask2dit_jax.pretrained.stored_checkpoint import save_params
 from mask2dit_jax.sampling import engine as engine_module
 from mask2dit_jax.sampling.engine import StoryEngine
 from mask2dit_jax.story.store import StoryLatents
 from mask2dit_jax.story.story import Story
-from mask2dit_jax.training.checkpoint import save_params
 
 SIZE = HEIGHT, WIDTH = 32, 48
 PROMPTS = ["a red picture", "a green picture", "a blue picture", "a grey picture"]

@@ -184,8 +184,11 @@ def test_positions_of_unequal_scenes_run_on():
 
 @pytest.mark.parametrize("frames", [(2,) * 12, (1, 2) * 6])
 def test_a_long_story(frames):
-    """Twelve scenes from a window of three: nothing grows with the story but the latents themselves, each window sees
-    the scenes before it as they came out, and programs are compiled for the layouts alone."""
+    """Twelve scenes from a window of three.
+
+    Nothing grows with the story but the latents themselves, each window sees the scenes before it as they came out, and
+    programs are compiled for the layouts alone.
+    """
     sampler = RecordingSampler(condition="clean")
     scenes = story(sampler, num_scenes=12, frames=frames)
     assert len(sampler.windows) == 10
