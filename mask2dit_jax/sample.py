@@ -15,6 +15,7 @@ themselves, and each uses its own devices.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -82,12 +83,16 @@ def main(argv):
         folder.open()
     engine.embed(folder.plan for folder in folders if not folder.is_generated())
     for folder in folders:
-        for scene in engine.generate(folder.plan, folder.run["seed"], latents=folder.scenes, progress=tqdm):
+        for scene in engine.generate(folder.plan, folder.run["seed"], latents=folder.scenes, progress=_progress):
             if not folder.is_shown(scene.number):
                 folder.show(scene.number, scene.frames())
         print(*folder.finish(), sep="\n")
     if jax.process_count() > 1:  # a process that ends takes the others of its run with it
         multihost_utils.sync_global_devices("sampled")
+
+
+def _progress(steps: Iterable[int], description: str) -> Iterable[int]:
+    return tqdm(steps, desc=description, unit="step")
 
 
 def _asked(config: ConfigDict) -> tuple[SampleConfig, list[Story]]:

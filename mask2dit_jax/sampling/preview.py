@@ -1,47 +1,65 @@
-"""A storyboard while training: the prompts of a fixed sample, drawn with the weights of the moment."""
+"""Storyboards while training: the prompts of a fixed sample, drawn with the weights of the moment."""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 from flax import nnx
 from PIL import Image
 
-from mask2dit_jax.diffusion.samplers import Sampler, SamplerConfig
+from mask2dit_jax.axes import Floats
+from mask2dit_jax.diffusion.samplers import SamplerConfig
 from mask2dit_jax.media.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.parallel import sharding
 from mask2dit_jax.pretrained.encoders import VideoCodec
-from mask2dit_jax.sampling.window import make_denoise_step
+from mask2dit_jax.pretrained.pretrained import Pretrained
+from mask2dit_jax.sampling.window import SamplingConfig, WindowSampler
 from mask2dit_jax.training.events import EventFile
 from mask2dit_jax.training.program import TrainProgram
 
 
 class Preview:
-    """Samples on the mesh that trains, in one program; the VAE is loaded when the first storyboard is due.
+    """Samples on the mesh that trains. The VAE is loaded for the first storyboard.
 
-    Without guidance, whose other half would cost as much again: it shows how training goes, not the best there is.
+    Samples without guidance, which would cost as much again: a storyboard shows how training goes, not the best that
+    the model can do.
     """
 
-    def __init__(self, program: TrainProgram, pretrained, num_steps: int, workdir, events: EventFile | None):
-        """`events` is None on processes that write nothing: they sample along, and neither decode nor write."""
+    def __init__(
+        self, program: TrainProgram, pretrained: Pretrained, num_steps: int, workdir, events: EventFile | None
+    ):
+        """Load nothing yet.
+
+        Args:
+            program: what is trained.
+            pretrained: where the VAE is.
+            num_steps: denoising steps of a storyboard.
+            workdir: of the run; storyboards go to its folder `samples`.
+            events: TensorBoard file; None on processes that write nothing. They sample along, because the mesh spans
+                all processes, but neither decode nor write.
+        """
         self._program, self._num_steps, self._events = program, num_steps, events
         self._pretrained, self._folder = pretrained, epath.Path(workdir) / "samples"
 
-    def __call__(self, step: int, params: nnx.State, text) -> None:
-        """Writes WORKDIR/samples/step_N.png. text: (b s t x) on the mesh; the first sample is drawn."""
+    def __call__(self, step: int, params: nnx.State, text: Floats["b s t x"]) -> None:
+        """Write WORKDIR/samples/step_N.png.
+
+        Args:
+            step: of the training run.
+            params: on the mesh.
+            text: embeddings of the prompts, on the mesh; those of the first sample are drawn.
+        """
         latents = self._sample(params, text)
         if self._events is None:
             return
-        latents = np.asarray(latents)
         parts = self._program.objective.layout.frame_slices
         scenes = [StoryboardScene("", self._codec.decode(latents[part])) for part in parts]
         try:
             self._write(step, scenes)
-        except Exception as error:  # of a disk or of a bucket; no picture is worth the run it is about
-            logging.warning("the storyboard of step %d is left out: %s", step, error)
+        except Exception as error:  # of a disk or a bucket; no picture is worth ending the run for
+            logging.warning("no storyboard for step %d: %s", step, error)
 
     def _write(self, step: int, scenes: list[StoryboardScene]) -> None:
         path = self._folder / f"step_{step:06d}.png"
@@ -53,22 +71,22 @@ class Preview:
     def _codec(self) -> VideoCodec:
         return VideoCodec(self._pretrained, self._program.dtype)
 
+    def _sample(self, params: nnx.State, text: Floats["b s t x"]) -> np.ndarray:
+        """Return latents (f h w c). The noise is the same every time, so that storyboards can be compared."""
+        layout, key = self._program.objective.layout, jax.random.key(self._program.seed)
+        noise = np.asarray(jax.random.normal(key, (1, *self._program.abstract_batch["mean"].shape[1:])))
+        text = self._first(text)
+        is_known = np.zeros(layout.num_scenes, bool)
+        latents = self._sampler.with_params(params)(noise, text, text, is_known, layout=layout, key=key)
+        return np.asarray(self._first(latents)[0])
+
     @functools.cached_property
-    def _sample(self):
-        program, layout = self._program, self._program.objective.layout
-        sampler = Sampler(SamplerConfig(num_steps=self._num_steps), program.objective.schedule)
-        denoise = make_denoise_step(program.graph, sampler, guided=False)
-        shape = (1, *program.abstract_batch["mean"].shape[1:])
-        is_known = jnp.zeros(layout.num_scenes, bool)
+    def _sampler(self) -> WindowSampler:
+        program = self._program
+        config = SamplingConfig(SamplerConfig(num_steps=self._num_steps), guidance_scale=1.0)
+        return WindowSampler(program.graph, nnx.State({}), program.objective.schedule, config, program.mesh)
 
-        def sample(params, text):
-            key = jax.random.key(program.seed)  # the same noise every time, so that storyboards can be compared
-            noise = jax.random.normal(key, shape)
-
-            def body(_, carry):
-                state, x = carry
-                return denoise(params, state, x, noise, text[:1], is_known, jnp.float32(1), key, layout=layout)
-
-            return jax.lax.fori_loop(0, self._num_steps, body, (sampler.init(noise), noise))[1][0]
-
-        return jax.jit(sample, out_shardings=sharding.replicated(program.mesh))
+    @functools.cached_property
+    def _first(self):
+        """Return the program that gives every process the first sample of a batch."""
+        return jax.jit(lambda batch: batch[:1], out_shardings=sharding.replicated(self._program.mesh))

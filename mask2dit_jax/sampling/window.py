@@ -6,6 +6,7 @@ latents of finished scenes are passed to the next window as they are. They are n
 nothing drifts for that reason.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
@@ -87,6 +88,12 @@ class WindowSampler:
         self._sampler = Sampler(config.sampler, schedule)
         self._scales = guidance_scales(config.guidance, config.guidance_scale, self._sampler.timesteps)
         self._step = jax.jit(make_denoise_step(graph, self._sampler, guided=config.guided), static_argnames="layout")
+
+    def with_params(self, params: nnx.State) -> "WindowSampler":
+        """Return a sampler of other parameters, which shares the compiled programs of this one."""
+        sampler = copy.copy(self)
+        sampler._params = params
+        return sampler
 
     @property
     def num_steps(self) -> int:

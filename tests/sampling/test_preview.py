@@ -2,6 +2,7 @@
 
 import types
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -20,5 +21,5 @@ def test_a_storyboard_that_cannot_be_written_ends_no_run(tmp_path, caplog):
         _sample=lambda params, text: np.zeros((2, 4, 6, 3)),
         _codec=types.SimpleNamespace(decode=lambda latents: np.zeros((5, 32, 48, 3), np.uint8)),
     )
-    preview(5, nnx.State({}), None)
-    assert "the storyboard of step 5 is left out: cannot write" in caplog.text
+    preview(5, nnx.State({}), jnp.zeros((1, 2, 6, 8)))
+    assert "no storyboard for step 5: cannot write" in caplog.text
