@@ -39,7 +39,7 @@ from mask2dit_jax.parallel import distributed
 from mask2dit_jax.pretrained import directory as port
 from mask2dit_jax.pretrained.encoders import TextEncoder, VideoCodec
 
-STORED, FRESH = FRAMES = ("stored", "fresh")
+STORED, FRESH = "stored", "fresh"
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
 _FORMATS = {"pretrain": "csv", "sft": "json"}  # what configs called the file formats before
 _VISIBLE_S = 90  # a network disk shows what another machine has written after so many seconds at most
@@ -122,8 +122,8 @@ def open_training_data(config: ConfigDict, pretrained, model: DiTConfig) -> Trai
 def frames(config: ConfigDict) -> str:
     """Return whether frames are "stored" once or drawn "fresh" at each visit."""
     chosen = getattr(config.data, "frames", STORED)
-    if chosen not in FRAMES:
-        raise UserError(f"data.frames {chosen!r} does not exist; choose one of {', '.join(FRAMES)}")
+    if chosen not in (STORED, FRESH):
+        raise UserError(f"data.frames {chosen!r} does not exist; choose one of {STORED}, {FRESH}")
     return chosen
 
 

@@ -266,6 +266,19 @@ def test_an_edited_data_file_shares_the_files_that_stay_as_they_are(clips, monke
     assert encoders.captions == []
 
 
+def test_a_damaged_record_is_not_taken_over(clips, monkeypatch):
+    monkeypatch.setattr(build_records, "_LEAST_SHARDS", 3)
+    store = open_data(in_job(clips)).store
+    shard = Path(store.folder) / store.index.shards[0].file
+    raw = bytearray(shard.read_bytes())
+    raw[raw.index(b"clip!") + 1] ^= 1  # the caption of the second clip
+    shard.write_bytes(raw)
+    encoders = Counting(monkeypatch)
+    data = open_data(in_job([*clips[:5], dataclasses.replace(clips[5], caption="edited")]))
+    assert encoders.captions == ["clip!", "edited"]
+    assert all(data.store.read(clip, 2)["mean"].any() for clip in data.store.clips)
+
+
 def test_a_replaced_video_is_encoded_again_and_no_other(clips, monkeypatch):
     config = in_job(clips)
     monkeypatch.setattr(build_records, "_LEAST_SHARDS", 2)  # three clips in each
