@@ -58,6 +58,8 @@ def link_shard(target: os.PathLike, stored: Sequence[StoredRecords | None]) -> b
         with contextlib.closing(array_record_module.ArrayRecordReader(os.fspath(path), "")) as reader:
             if numbers != list(range(reader.num_records())):
                 return False
+        if any(records.read() is None for records in stored):  # a damaged record must not spread
+            return False
         os.link(path, target)
     except (RuntimeError, ValueError, OSError):
         return False

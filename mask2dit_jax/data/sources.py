@@ -28,7 +28,6 @@ from mask2dit_jax.io.atomic import atomic_output
 
 CSV_COLUMNS = ("fps", "width", "height", "caption", "path", "num_frame")
 JSON_KEYS = ("vid", "width", "height", "duration", "fps", "url", "caption")
-FORMATS = ("csv", "json")
 _TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # keeps other bytes, which a file name may hold
 
 

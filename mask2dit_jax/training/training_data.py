@@ -60,11 +60,6 @@ class TrainingData:
     samples: UnrelatedClips | ConsecutiveShots
     skipped: Skipped
 
-    @property
-    def num_samples(self) -> int:
-        """Number of samples in an epoch."""
-        return len(self.samples)
-
     def batches(
         self, start_step: int, rows: Sequence[int], global_batch_size: int, seed: int
     ) -> Iterator[dict[str, np.ndarray]]:

@@ -86,7 +86,7 @@ def test_the_same_batches_both_ways(folder, stage):
     stored = open_data(configure(stage, folder / f"{stage}_latents"))
     assert list(online.skipped) == list(stored.skipped) == ["2.mp4"]
     assert online.skipped["2.mp4"] == stored.skipped["2.mp4"]
-    assert online.num_samples == stored.num_samples == {"pretrain": 5, "sft": 2}[stage]
+    assert len(online.samples) == len(stored.samples) == {"pretrain": 5, "sft": 2}[stage]
     for ours, theirs in zip(take(stored), take(online), strict=True):
         np.testing.assert_array_equal(ours["mean"], theirs["mean"])
         np.testing.assert_array_equal(ours["logvar"], theirs["logvar"])
@@ -268,6 +268,19 @@ def test_an_edited_data_file_shares_the_files_that_stay_as_they_are(clips, monke
     shortened = files(clips[:4])
     assert not set(shortened) & {*before, *after}
     assert encoders.captions == []
+
+
+def test_a_damaged_record_is_not_taken_over(clips, monkeypatch):
+    monkeypatch.setattr(build_records, "_LEAST_SHARDS", 3)
+    store = open_data(in_job(clips)).store
+    shard = Path(store.folder) / store.index.shards[0].file
+    raw = bytearray(shard.read_bytes())
+    raw[raw.index(b"clip!") + 1] ^= 1  # the caption of the second clip
+    shard.write_bytes(raw)
+    encoders = Counting(monkeypatch)
+    data = open_data(in_job([*clips[:5], dataclasses.replace(clips[5], caption="edited")]))
+    assert encoders.captions == ["clip!", "edited"]
+    assert all(data.store.read(clip, 2)["mean"].any() for clip in data.store.clips)
 
 
 def test_a_replaced_video_is_encoded_again_and_no_other(clips, monkeypatch):
