@@ -1,12 +1,13 @@
-"""Times the parts of this package against diffusers' and transformers' PyTorch classes, on the CPU of this machine.
+"""Compares the speed of this package's parts with the PyTorch classes of diffusers and transformers, on a CPU.
 
     JAX_PLATFORMS=cpu GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/against_pytorch.py [--only=VAE] [--json=F]
 
 Both sides have the same weights (ours, exported), inputs, precision (fp32) and number of threads. Their outputs are
-compared first; then they take turns, and the medians count. A ratio below 1 means that JAX takes less time; that of the
-CPU seconds of all threads still means something on a machine that is busy with other things.
-diffusers' transformer has no scenes: under mask v5, which is no mask, it is the same function; for v2 it is given the
-attention of the authors' code, a cross-attention for every scene's text and video.
+compared first. Then they take turns, and the medians count. A ratio below 1 means that JAX takes less time. The ratio
+of the CPU seconds of all threads is meaningful even on a busy machine.
+
+diffusers' transformer knows no scenes. Under mask v5, which masks nothing, it computes the same function as ours. For
+v2 it gets the attention of the authors' code, a cross-attention for the text and the video of each scene.
 """
 
 import dataclasses
@@ -45,9 +46,9 @@ from mask2dit_jax.training.optimizer import OptimizerConfig
 from mask2dit_jax.training.program import TrainProgram
 from mask2dit_jax.training.step import Objective
 
-JSON = flags.DEFINE_string("json", None, "File for the figures.")
-ONLY = flags.DEFINE_string("only", "", "Run only cases whose name holds this.")
-ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed runs of each side.", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "JSON file for the results.")
+ONLY = flags.DEFINE_string("only", "", "Run only cases whose name contains this.")
+ROUNDS = flags.DEFINE_integer("rounds", 3, "Number of timed runs of each side.", lower_bound=1)
 
 TORCH_CLASSES = {
     "transformer": CogVideoXTransformer3DModel,
@@ -65,16 +66,23 @@ STEPS, GUIDANCE = 4, 6.0
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Two ways to the same numbers: both return NumPy arrays of the same shape."""
+    """Two implementations of the same function.
+
+    Attributes:
+        name: Name of the case.
+        ours: Runs JAX and returns a NumPy array.
+        theirs: Runs PyTorch and returns an array of the same shape.
+        tolerance: Largest difference, relative to the largest value.
+    """
 
     name: str
     ours: Callable[[], np.ndarray]
     theirs: Callable[[], np.ndarray]
-    tolerance: float = 1e-3  # of the largest number
+    tolerance: float = 1e-3
 
 
 def twins(name: str, config):
-    """Graph and random parameters of ours, and the PyTorch module that holds the same."""
+    """Return the graph and random parameters of our module, and the PyTorch module with the same parameters."""
     graph, state = nnx.split(port.COMPONENTS[name].module(config))
     random = np.random.default_rng(0)
 
@@ -92,11 +100,12 @@ def twins(name: str, config):
 
 
 def normal(*shape: int) -> np.ndarray:
+    """Draw standard normal numbers, the same in every call."""
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
 def in_torch(x, *order: int) -> torch.Tensor:
-    """A tensor with its axes in another order, in memory too."""
+    """Return a tensor with its axes reordered, in memory too."""
     return torch.from_numpy(np.ascontiguousarray(np.asarray(x).transpose(order)))
 
 
@@ -104,9 +113,10 @@ FRAMES_FIRST, CHANNELS_FIRST = (0, 1, 4, 2, 3), (0, 4, 1, 2, 3)  # b f h w c -> 
 
 
 class GroupedProcessor:
-    """The authors' attention for mask v2: T_i sees [T_i; V_i], V_i sees [T_i; V_1 .. V_n]."""
+    """The attention of the authors' code for mask v2: T_i sees [T_i; V_i], V_i sees [T_i; V_1 .. V_n]."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb=None, **_):
+        """Attend as a processor of diffusers' Attention."""
         num_text = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         q, k, v = (f(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
@@ -122,11 +132,13 @@ class GroupedProcessor:
 
 
 def attended(q, k, v, queries: slice, keys: tuple[slice, ...]):
+    """Attend a run of queries to several runs of keys, which are copied together."""
     k, v = (torch.cat([x[:, :, run] for run in keys], dim=2) for x in (k, v))
     return F.scaled_dot_product_attention(q[:, :, queries], k, v)
 
 
 def rotated(x, num_text, table):
+    """Apply RoPE to the video tokens."""
     cos, sin = table
     text, video = x[:, :, :num_text], x[:, :, num_text:]
     even, odd = video.unflatten(-1, (-1, 2)).unbind(-1)
@@ -135,11 +147,13 @@ def rotated(x, num_text, table):
 
 
 def torch_rope(config: DiTConfig):
+    """Return our RoPE angles as diffusers' cosine and sine tables."""
     angles = np.asarray(positions.rope_angles(LAYOUT, config.base_grid, config.head_dim)).repeat(2, axis=1)
     return torch.from_numpy(np.cos(angles)), torch.from_numpy(np.sin(angles))
 
 
 def transformer(mask: str):
+    """Return config, graph, parameters and the PyTorch transformer for a mask."""
     config = dataclasses.replace(DIT, mask=mask)
     graph, params, reference = twins("transformer", config)
     if mask == "v2":
@@ -148,16 +162,19 @@ def transformer(mask: str):
 
 
 def dit_inputs(samples: int = 1):
+    """Return random latents (b f h w c) and text embeddings (b s t x)."""
     height, width = (side * DIT.patch_size for side in LAYOUT.grid)
     latents = normal(samples, LAYOUT.num_frames, height, width, DIT.latent_channels)
     return latents, normal(samples, LAYOUT.num_scenes, LAYOUT.text_tokens, DIT.text_embed_dim)
 
 
 def predict(reference, latents, text, timestep, rope):
+    """Run the PyTorch transformer."""
     return reference(latents, text.flatten(1, 2), timestep.expand(len(latents)), image_rotary_emb=rope).sample
 
 
-def forward(mask: str) -> Case:
+def forward_case(mask: str) -> Case:
+    """Return the case of a forward pass of the transformer."""
     config, graph, params, reference = transformer(mask)
     latents, text = dit_inputs()
     rope, step = torch_rope(config), np.full((1, LAYOUT.num_scenes), 500)
@@ -171,10 +188,11 @@ def forward(mask: str) -> Case:
     return Case(f"DiT forward, {mask}", lambda: np.asarray(run(params, latents, text, step)), theirs)
 
 
-def train(mask: str) -> Case:
-    """Forward, backward, clipping, AdamW. Each side draws its own noise, so only shapes can be compared.
+def train_case(mask: str) -> Case:
+    """Return the case of a train step: forward, backward, clipping and AdamW.
 
-    On ours, the backward pass computes elementwise work again, as the tiny preset's does (remat "dots").
+    Each side draws its own noise, so only shapes can be compared. Our backward pass recomputes elementwise work, as in
+    the tiny preset (remat "dots").
     """
     config, _, params, reference = transformer(mask)
     latents, text = dit_inputs()
@@ -210,7 +228,8 @@ def train(mask: str) -> Case:
     return Case(f"train step, {mask}", ours, theirs, tolerance=np.inf)
 
 
-def vae_encode() -> Case:
+def encode_case() -> Case:
+    """Return the case of encoding with the full-size VAE."""
     graph, params, reference = twins("vae", FULL_VAE)
     pixels = np.clip(normal(1, 9, 64, 96, 3), -1, 1)
     run = jax.jit(lambda params, x: VAE.encode(nnx.merge(graph, params), x).mean)
@@ -223,7 +242,8 @@ def vae_encode() -> Case:
     return Case("VAE encode", lambda: np.asarray(run(params, pixels)), theirs)
 
 
-def vae_decode() -> Case:
+def decode_case() -> Case:
+    """Return the case of decoding with the full-size VAE."""
     graph, params, reference = twins("vae", FULL_VAE)
     latents = normal(1, 3, 8, 12, 16)
     run = jax.jit(lambda params, x: VAE.decode(nnx.merge(graph, params), x, "diffusers"))
@@ -235,7 +255,8 @@ def vae_decode() -> Case:
     return Case("VAE decode", lambda: np.asarray(run(params, latents)), theirs)
 
 
-def t5_encode() -> Case:
+def t5_case() -> Case:
+    """Return the case of encoding a prompt with a smaller T5."""
     graph, params, reference = twins("text_encoder", T5)
     ids = np.random.default_rng(1).integers(0, T5.vocab_size, (1, 226)).astype(np.int32)
     run = jax.jit(lambda params, ids: T5Encoder.__call__(nnx.merge(graph, params), ids))
@@ -247,8 +268,8 @@ def t5_encode() -> Case:
     return Case("T5 encode", lambda: np.asarray(run(params, ids)), theirs)
 
 
-def sampling_run() -> Case:
-    """Four guided steps, then the VAE, half as wide, on every fourth row and column of the three scenes."""
+def sampling_case() -> Case:
+    """Return the case of sampling: four guided steps, and a VAE of half the width on every fourth row and column."""
     config, graph, params, reference = transformer("v2")
     vae_graph, vae_params, vae = twins("vae", SMALL_VAE)
     latents, text = dit_inputs()
@@ -281,24 +302,29 @@ def sampling_run() -> Case:
 
 
 CASES = {
-    "DiT forward, v5": lambda: forward("v5"),
-    "DiT forward, v2": lambda: forward("v2"),
-    "train step, v5": lambda: train("v5"),
-    "train step, v2": lambda: train("v2"),
-    "VAE encode": vae_encode,
-    "VAE decode": vae_decode,
-    "T5 encode": t5_encode,
-    "sampling run": sampling_run,
+    "DiT forward, v5": lambda: forward_case("v5"),
+    "DiT forward, v2": lambda: forward_case("v2"),
+    "train step, v5": lambda: train_case("v5"),
+    "train step, v2": lambda: train_case("v2"),
+    "VAE encode": encode_case,
+    "VAE decode": decode_case,
+    "T5 encode": t5_case,
+    "sampling run": sampling_case,
 }
 
 
-def measure(case: Case, rounds: int) -> dict:
+def time_case(case: Case, rounds: int) -> dict:
+    """Compare the outputs of both sides, then time them in turns.
+
+    Raises:
+        AssertionError: The outputs differ by more than the tolerance.
+    """
     ours, theirs = case.ours(), case.theirs()  # compiles, warms up
     if ours.shape != theirs.shape:
         raise AssertionError(f"{case.name}: shapes {ours.shape} and {theirs.shape}")
     difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not difference <= case.tolerance:
-        raise AssertionError(f"{case.name}: outputs differ by {difference:.1e} of the largest number")
+        raise AssertionError(f"{case.name}: outputs differ by {difference:.1e} of the largest value")
     wall, busy = {"jax": [], "pytorch": []}, {"jax": [], "pytorch": []}
     for _ in range(rounds):
         for side, run in (("jax", case.ours), ("pytorch", case.theirs)):
@@ -319,15 +345,16 @@ def measure(case: Case, rounds: int) -> dict:
 
 
 def main(_):
-    threads = len(os.sched_getaffinity(0))  # what XLA takes
+    """Run all cases and print a Markdown table."""
+    threads = len(os.sched_getaffinity(0))  # as many as XLA uses
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     print(f"{threads} threads, jax {jax.__version__} on {jax.default_backend()}, torch {torch.__version__}, fp32\n")
-    print("| | JAX s | PyTorch s | ratio | of CPU seconds | largest difference |\n|---|---|---|---|---|---|")
+    print("| | JAX s | PyTorch s | ratio | CPU seconds ratio | largest difference |\n|---|---|---|---|---|---|")
     results = []
     for name, make in CASES.items():
         if ONLY.value in name:
-            found = measure(make(), ROUNDS.value)
+            found = time_case(make(), ROUNDS.value)
             results.append(found)
             difference = "-" if name.startswith("train") else f"{found['difference']:.0e}"
             numbers = (*found["seconds"].values(), found["ratio"], found["cpu_ratio"])

@@ -1,12 +1,12 @@
 """Benchmarks the GPU path on one card with random weights, in under five minutes.
 
-    python benchmarks/gpu.py                    runs every section, the most telling first
+    python benchmarks/gpu.py                    runs every section, the most informative first
     python benchmarks/gpu.py --only='train|vae' runs the sections whose name matches
     python benchmarks/gpu.py --tiny             runs the same code on a CPU, to test the script itself
 
-Attention is compared with the fp32 oracle, forward and backward, before anything is timed. PyTorch is timed beside JAX
-where it is installed, diffusers' own classes where diffusers is. Results go to --output as they come, so a run that is
-cut short keeps what it has measured. docs/gpu.md holds the figures.
+Attention is compared with dense attention in fp32, forward and backward, before anything is timed. PyTorch and the
+classes of diffusers are timed too, if they are installed. Results are written to --output immediately, so an
+interrupted run keeps its measurements. docs/gpu.md shows the figures.
 """
 
 import argparse
@@ -26,22 +26,25 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--seconds", type=float, default=240, help="begin no section later than this")
 parser.add_argument("--tiny", action="store_true", help="use tiny models, which a CPU can run")
 parser.add_argument("--torch", action="store_true", help="(internal) run the PyTorch half")
-parser.add_argument("--only", default="", help="regular expression that chosen sections match")
+parser.add_argument("--only", default="", help="run only sections that match this regular expression")
 parser.add_argument("--output", default="gpu.json", help="JSON file for the results")
 ARGS = parser.parse_args()
 sys.path.insert(0, str(Path(__file__).parents[1]))
-PEAK = 989e12  # bf16, dense, of an H100 or H200 SXM
+PEAK = 989e12  # dense bf16 FLOP/s of an H100 or H200 SXM
 HEAD, TEXT = 64, 226
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
+    """The size of a transformer."""
+
     heads: int
     layers: int
     rope: bool
 
     @property
     def width(self):
+        """Width of the transformer."""
         return self.heads * HEAD
 
 
@@ -54,7 +57,7 @@ TOKENS = TEXT + FRAMES * ROWS // 2 * COLUMNS // 2
 
 
 def forward_flops(size: Size, scenes: int = 1) -> float:
-    """Of one sample; mask v2, whose video tokens meet all video tokens and their own text."""
+    """Return the FLOPs of one sample under mask v2, whose video tokens attend to all videos and their own text."""
     text, video = TEXT, TOKENS - TEXT
     pairs = scenes * (text * text + 2 * text * video) + (scenes * video) ** 2
     return size.layers * (24 * scenes * TOKENS * size.width**2 + 4 * size.width * pairs)
@@ -64,7 +67,7 @@ def forward_flops(size: Size, scenes: int = 1) -> float:
 
 
 def torch_half() -> dict:
-    """Times of PyTorch, in ms."""
+    """Return the times of PyTorch in ms."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -86,7 +89,7 @@ def torch_half() -> dict:
         return (time.perf_counter() - begun) / repeats * 1e3
 
     class Block(nn.Module):
-        """CogVideoX's: adaLN, joint attention with normed queries and keys, feed-forward."""
+        """A block of CogVideoX: adaLN, joint attention with normalized queries and keys, feed-forward."""
 
         def __init__(self, width, heads):
             super().__init__()
@@ -155,7 +158,7 @@ def torch_half() -> dict:
     try:
         import diffusers
     except ImportError:
-        return found | {"diffusers": "is not there"}
+        return found | {"diffusers": "not installed"}
     found["diffusers"] = diffusers.__version__
     try:
         with torch.no_grad():
@@ -206,6 +209,7 @@ ROWS_SHOWN: list[tuple[str, str]] = []
 
 
 def show(name: str, value: str, **numbers) -> None:
+    """Print a result and write all results so far."""
     RESULTS[name] = numbers or value
     ROWS_SHOWN.append((name, value))
     Path(ARGS.output).write_text(json.dumps(RESULTS, indent=1) + "\n")
@@ -213,6 +217,7 @@ def show(name: str, value: str, **numbers) -> None:
 
 
 def section(function):
+    """Run a section now if it is chosen and there is time left. A failure does not end the script."""
     name = function.__name__
     if re.search(ARGS.only, name) and time.monotonic() - BEGUN < ARGS.seconds:
         try:
@@ -221,12 +226,13 @@ def section(function):
             show(f"{name} FAILED", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
             traceback.print_exc(limit=-4)
     elif re.search(ARGS.only, name):
-        show(f"{name} left out", "no time left")
+        show(f"{name} skipped", "no time left")
     return function
 
 
 @section
 def pytorch_beside():
+    """Time PyTorch in a process of its own, before JAX takes the memory."""
     command = [sys.executable, __file__, "--torch", *(["--tiny"] if ARGS.tiny else [])]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=80)
@@ -264,7 +270,7 @@ show("jax, device", f"{jax.__version__}, {device.device_kind}; auto is {best_imp
 
 
 def timed(run, *arguments, repeats=3):
-    """(compile seconds, milliseconds) of `run(*arguments)`; a function that is jitted."""
+    """Return the seconds of the first call of a jitted function, with compilation, and the milliseconds of the next."""
     begun = time.perf_counter()
     jax.block_until_ready(run(*arguments))
     first = time.perf_counter() - begun
@@ -277,6 +283,14 @@ def timed(run, *arguments, repeats=3):
 
 
 def speed(name, ms, flops, compiled):
+    """Show a time with its FLOP/s and share of the peak.
+
+    Args:
+        name: Name of the result.
+        ms: Milliseconds per call.
+        flops: FLOPs that a call needs.
+        compiled: Seconds of the first call.
+    """
     rate = flops / ms * 1e3
     show(
         name,
@@ -288,11 +302,14 @@ def speed(name, ms, flops, compiled):
 
 
 def qkv(layout, heads, dtype, number=3):
+    """Return `number` random arrays (1 l k m)."""
     keys = jax.random.split(jax.random.key(0), number)
     return [jax.random.normal(key, (1, layout.num_tokens, heads, HEAD), jnp.float32).astype(dtype) for key in keys]
 
 
 def with_gradients(attention):
+    """Return a jitted function that computes the output of an attention and its three gradients."""
+
     def run(q, k, v, d_out):
         out, back = jax.vjp(attention, q, k, v)
         return out, *back(d_out)
@@ -302,8 +319,11 @@ def with_gradients(attention):
 
 @section
 def attention_agrees():
-    """Output and gradients of each implementation, bf16, against the dense one in fp32; largest error over largest
-    value. bf16 has 8 bits: 1e-2 is rounding, 1e-1 is wrong."""
+    """Compare output and gradients of each implementation in bf16 with dense attention in fp32.
+
+    An error is the largest difference divided by the largest value. As bf16 has 8 bits, 1e-2 is rounding and 1e-1 is
+    wrong.
+    """
     even = SceneLayout.of_equal_scenes(3, 2, (8, 12), TEXT)
     odd = SceneLayout((1, 3, 2), (5, 7), 33)  # unequal scenes, and no length is even
     wanted = [("v1", even), ("v2", even), ("v5", even), ("v2", odd), ("v3", odd), ("v4", odd)]
@@ -331,6 +351,7 @@ def attention_agrees():
 
 @section
 def attention_speed():
+    """Time attention alone, forward and with gradients, for one and three scenes."""
     layouts = {1: SceneLayout.of_equal_scenes(1, FRAMES, (ROWS // 2, COLUMNS // 2), TEXT)}
     layouts[3] = dataclasses.replace(layouts[1], frames=(FRAMES,) * 3)
     heads = SIZES["5b"].heads
@@ -349,6 +370,7 @@ def attention_speed():
 
 
 def model_config(name: str, **kwargs) -> DiTConfig:
+    """Return the config of model "2b" or "5b"."""
     size = SIZES[name]
     return DiTConfig(
         num_heads=size.heads,
@@ -363,7 +385,7 @@ def model_config(name: str, **kwargs) -> DiTConfig:
 
 
 def random_like(abstract, scale=0.02):
-    """Small random numbers for every parameter, made on the device."""
+    """Make small random parameters on the device."""
     leaves, tree = jax.tree.flatten(abstract)
 
     def make():
@@ -378,21 +400,23 @@ def random_like(abstract, scale=0.02):
 
 @functools.lru_cache(maxsize=1)
 def model_of(name: str):
+    """Return the graph and random parameters of a model. Only the last one is kept in memory."""
     graph, abstract = nnx.split(memoryless(DiT, model_config(name), dtype=BF16, param_dtype=BF16))
     return graph, random_like(abstract)
 
 
-def scene_layout(scenes: int) -> SceneLayout:
+def full_size_layout(scenes: int) -> SceneLayout:
+    """Return the layout of `scenes` full-size scenes."""
     return SceneLayout.of_equal_scenes(scenes, FRAMES, (ROWS // 2, COLUMNS // 2), TEXT)
 
 
 @section
 def denoise_5b():
-    """One step of sampling with guidance: 13 x 60 x 90 latents, batch 2."""
+    """Time a sampling step with guidance on one scene of 13 x 60 x 90 latents, which makes a batch of 2."""
     graph, params = model_of("5b")
     sampler = Sampler(SamplerConfig(num_steps=50), NoiseSchedule(ScheduleConfig.cogvideox_5b()))
     step = jax.jit(make_denoise_step(graph, sampler, guided=True), static_argnames="layout")
-    layout = scene_layout(1)
+    layout = full_size_layout(1)
     x = jax.random.normal(jax.random.key(2), (1, FRAMES, ROWS, COLUMNS, 16))
     text = jax.random.normal(jax.random.key(3), (2, 1, TEXT, 4096))
     state, key = sampler.init(x), jax.random.key(4)
@@ -401,15 +425,15 @@ def denoise_5b():
     first, ms = timed(run, *arguments)
     finite = bool(jnp.isfinite(run(*arguments)[1]).all())
     speed("5B denoising step with guidance, 1 scene", ms, 2 * forward_flops(SIZES["5b"]), first)
-    show("5B, 50 steps of it", f"{ms * 50 / 1e3:9.1f} s; finite {finite}", seconds=ms / 20)
+    show("5B, 50 of these steps", f"{ms * 50 / 1e3:9.1f} s; finite {finite}", seconds=ms / 20)
 
 
-def train(name: str, scenes: int, repeats: int):
-    """A train step of batch 1: bf16 parameters and moments, so that 5B fits into 80 GB (the recipe has fp32)."""
+def time_train_step(name: str, scenes: int, repeats: int):
+    """Time a train step of batch 1, with parameters and moments in bf16 instead of fp32, so that 5B fits into 80 GB."""
     config = model_config(name, remat="attention")
     graph, abstract = nnx.split(memoryless(DiT, config, dtype=BF16, param_dtype=BF16))
     params = random_like(abstract)
-    layout = scene_layout(scenes)
+    layout = full_size_layout(scenes)
     schedule = NoiseSchedule(ScheduleConfig.cogvideox_5b())
     objective = Objective(schedule, layout, 0.7, condition_probability=0.5)
     optimizer = make_optimizer(OptimizerConfig())
@@ -439,13 +463,14 @@ def train(name: str, scenes: int, repeats: int):
 
 @section
 def train_5b():
+    """Time a train step of 5B on one scene."""
     model_of.cache_clear()
-    train("5b", 1, 3)
+    time_train_step("5b", 1, 3)
 
 
 @section
 def vae_decode():
-    """49 frames of 480 x 720, a chunk after the other as sample does."""
+    """Time decoding 49 frames of 480 x 720, chunk by chunk as in sampling."""
     model_of.cache_clear()
     config = VAEConfig.cogvideox_5b()
     if ARGS.tiny:
@@ -473,11 +498,11 @@ def vae_decode():
 
 @section
 def denoise_5b_three_scenes():
-    """The paper's story: 3 scenes, 53,328 tokens, with guidance."""
+    """Time a sampling step with guidance on the paper's 3 scenes, 53,328 tokens."""
     graph, params = model_of("5b")
     sampler = Sampler(SamplerConfig(num_steps=50), NoiseSchedule(ScheduleConfig.cogvideox_5b()))
     step = jax.jit(make_denoise_step(graph, sampler, guided=True), static_argnames="layout")
-    layout = scene_layout(3)
+    layout = full_size_layout(3)
     x = jax.random.normal(jax.random.key(2), (1, 3 * FRAMES, ROWS, COLUMNS, 16))
     text = jax.random.normal(jax.random.key(3), (2, 3, TEXT, 4096))
     state, key = sampler.init(x), jax.random.key(4)
@@ -489,13 +514,15 @@ def denoise_5b_three_scenes():
 
 @section
 def train_2b():
-    train("2b", 1, 3)
+    """Time a train step of 2B on one scene."""
+    time_train_step("2b", 1, 3)
 
 
 @section
 def forward_2b():
+    """Time a forward pass of 2B on one scene."""
     graph, params = model_of("2b")
-    layout = scene_layout(1)
+    layout = full_size_layout(1)
     x = jax.random.normal(jax.random.key(2), (1, FRAMES, ROWS, COLUMNS, 16))
     text = jax.random.normal(jax.random.key(3), (1, 1, TEXT, 4096))
 
@@ -509,9 +536,9 @@ def forward_2b():
 
 @section
 def train_5b_three_scenes():
-    """The paper's sample: 3 scenes, 53,328 tokens."""
+    """Time a train step of 5B on the paper's 3 scenes, 53,328 tokens."""
     model_of.cache_clear()
-    train("5b", 3, 1)
+    time_train_step("5b", 3, 1)
 
 
 print(f"\n{ARGS.output}; {time.monotonic() - BEGUN:.0f} s")

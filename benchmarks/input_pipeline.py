@@ -1,11 +1,11 @@
-"""Does loading starve the step? The share of a run's time that a step of given length waits for its batch.
+"""Measures the share of time that a training step of given length waits for its batch.
 
     python benchmarks/input_pipeline.py --data=DIR [--step_s=5.5] [--sizes=2b]
 
-Makes a latent data set of random numbers in DIR if there is none (2b: 64 records of 10.8 MB), reads batches of 8 x 3
-scenes as one host alone would, and puts a sleep where the step would be: it leaves the processor to the reading threads
-as a step on a TPU does. A TPU host of a slice reads its own rows only. Files just written are in the page cache;
---cold drops them from it before each batch, as from a disk that they are read from for the first time.
+The script creates a latent data set of random numbers in DIR if there is none (2b: 64 records of 10.8 MB) and reads
+batches of 8 x 3 scenes, as a single host would. A host of a slice reads only its own rows. A sleep stands in for the
+step. Like a step on a TPU, it leaves the processor to the reading threads. Files just written are in the page cache.
+--cold drops them from the cache before each batch, as if they were read from disk for the first time.
 """
 
 import json
@@ -29,9 +29,9 @@ from mask2dit_jax.data.skipped import Skipped
 from mask2dit_jax.data.sources import Clip, Group, Scan
 
 _DATA = flags.DEFINE_string("data", None, "Folder for the data set.", required=True)
-_SIZES = flags.DEFINE_enum("sizes", "2b", ["2b", "tiny"], "Of latents and embeddings.")
-_STEP = flags.DEFINE_float("step_s", 5.5, "Length of the step; 5.5 s is the roofline of sft.py:2b,v5e-64.")
-_STEPS = flags.DEFINE_integer("steps", 20, "Steps that are measured, after 3 that are not.")
+_SIZES = flags.DEFINE_enum("sizes", "2b", ["2b", "tiny"], "Model whose sizes latents and embeddings have.")
+_STEP = flags.DEFINE_float("step_s", 5.5, "Seconds per step; 5.5 s is the roofline of sft.py:2b,v5e-64.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Number of measured steps, after 3 to warm up.")
 _COLD = flags.DEFINE_bool("cold", False, "Drop the files from the page cache before each batch.")
 
 SHAPES = {
@@ -42,6 +42,7 @@ CLIPS, VARIANTS, GROUP, SCENES, BATCH, WARM_UP = 32, 2, 8, 3, 8, 3
 
 
 def make_data(folder: Path, shapes: RecordShapes) -> SceneRecords:
+    """Write a data set of random latents, unless it exists, and open it."""
     clips = tuple(Clip(f"{n}.mp4", folder / f"{n}.mp4", f"caption {n}", 200, 25.0, 720, 480) for n in range(CLIPS))
     groups = tuple(Group(str(start), clips[start : start + GROUP]) for start in range(0, CLIPS, GROUP))
     settings = CacheSettings(SftSampling(49), (480, 720), VARIANTS, 0, shapes.text[0], "random", "float32")
@@ -59,6 +60,7 @@ def make_data(folder: Path, shapes: RecordShapes) -> SceneRecords:
 
 
 def drop_from_page_cache(folder: Path) -> None:
+    """Make the kernel forget the content of the data files, so that the next read goes to the disk."""
     for path in folder.glob("*array_record*"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -66,6 +68,7 @@ def drop_from_page_cache(folder: Path) -> None:
 
 
 def main(_):
+    """Measure the waiting time and the reading rate, and print them as JSON."""
     folder, shapes = Path(_DATA.value), SHAPES[_SIZES.value]
     store = make_data(folder, shapes)
     samples = ConsecutiveShots(store.groups, SCENES, store.clips)
@@ -86,7 +89,7 @@ def main(_):
     batches, count = make_batches(store, samples, global_batch_size=BATCH, seed=1), 5
     next(batches)
     start = time.perf_counter()
-    for _ in range(count):  # without a step: as fast as it goes
+    for _ in range(count):  # without steps, as fast as possible
         next(batches)
     rate = count * num_bytes / (time.perf_counter() - start)
     found = {

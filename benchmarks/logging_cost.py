@@ -1,9 +1,9 @@
-"""Does logging every step cost anything? Times the same steps with a window of one step and with one window for all.
+"""Measures the cost of logging every step, by timing the same steps with log windows of one step and of all steps.
 
     JAX_PLATFORMS=cpu python benchmarks/logging_cost.py --steps=40 --rounds=5
 
-Both ways take turns, so that what else the machine does falls on both. The step is that of `configs/sft.py:tiny` on one
-device, its batch lies there already, and TensorBoard files are written as `train` writes them.
+Both settings take turns, so that other load on the machine affects both. The step is that of `configs/sft.py:tiny` on
+one device. Its batch is already on the device, and TensorBoard files are written as `train` writes them.
 """
 
 import statistics
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is no part of the package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is not part of the package
 
 from configs import sft
 from mask2dit_jax.parallel.mesh import make_mesh
@@ -26,11 +26,12 @@ from mask2dit_jax.training.events import EventFile
 from mask2dit_jax.training.metrics import MetricsLog
 from mask2dit_jax.training.optimizer import learning_rate
 
-STEPS = flags.DEFINE_integer("steps", 40, "Steps that are timed together.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each way.")
+STEPS = flags.DEFINE_integer("steps", 40, "Number of steps timed together.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of timed rounds of each setting.")
 
 
 def main(_):
+    """Time both settings and print the milliseconds per step."""
     config = sft.get_config("tiny")
     pretrained = Pretrained.open(config.pretrained)
     vae, text = pretrained.vae.config, pretrained.text_encoder.config
@@ -60,8 +61,8 @@ def main(_):
                 events.close()
     for every, found in seconds.items():
         print(
-            f"log_every={every}: {statistics.median(found):.1f} ms a step "
-            f"(of {ROUNDS.value} rounds: {', '.join(f'{ms:.1f}' for ms in found)})"
+            f"log_every={every}: {statistics.median(found):.1f} ms per step "
+            f"(median of {ROUNDS.value} rounds: {', '.join(f'{ms:.1f}' for ms in found)})"
         )
 
 

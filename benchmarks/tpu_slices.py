@@ -2,9 +2,9 @@
 
     python benchmarks/tpu_slices.py --figures=DIR [--only=sft.py:5b]
 
-One process a program, as each takes up to 2 minutes and 4 GB; what is in DIR already is not compiled again, and rows
-whose program is not in DIR stay as they are. The two stages are the same program (p is data), so SFT stands for both;
-one host samples a story, so one slice of each kind of chip stands for the others.
+Each program is compiled in its own process and takes up to 2 minutes and 4 GB. Programs whose figures are in DIR are
+not compiled again, and rows without figures in DIR stay unchanged. Pretraining and SFT are the same program (p is
+data), so only SFT is compiled. A story is sampled by one host, so one slice of each kind of chip stands for the others.
 """
 
 import json
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from absl import app, flags
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is no part of the package
+sys.path.insert(0, str(Path(__file__).parents[1]))  # configs is not part of the package
 
 from configs.slices import SLICES
 
-FIGURES = flags.DEFINE_string("figures", None, "Folder for a JSON file a program.", required=True)
-ONLY = flags.DEFINE_string("only", "", "Compile only programs whose name holds this.")
-TABLE = flags.DEFINE_string("table", "docs/tpu.md", "The page whose table is rewritten.")
+FIGURES = flags.DEFINE_string("figures", None, "Folder for one JSON file per program.", required=True)
+ONLY = flags.DEFINE_string("only", "", "Compile only programs whose name contains this.")
+TABLE = flags.DEFINE_string("table", "docs/tpu.md", "Page whose table is rewritten.")
 
 OF_EACH_KIND = tuple({name.partition("-")[0]: name for name in reversed(SLICES)}.values())
 PROGRAMS = tuple(
@@ -32,13 +32,13 @@ PROGRAMS = tuple(
 )
 BEGIN, END = "<!-- table: benchmarks/tpu_slices.py -->", "<!-- end of table -->"
 HEAD = (
-    "| config | chips | mesh d x f x c x t | batch | HBM GiB a chip | to spare | matrix work | attention work "
+    "| config | chips | mesh d x f x c x t | batch | HBM GiB per chip | free | matrix work | attention work "
     "| collectives, exposed | roofline | MFU at most | compiled in |\n" + "|---" * 12 + "|"
 )
 
 
 def figures_of(program: str, folder: Path) -> Path:
-    """Compiled if need be."""
+    """Return the path of a program's figures, compiling the program if they are missing."""
     path = folder / f"{program.replace('.py:', '_').replace(',', '_')}.json"
     if not path.exists() and ONLY.value in program:
         print(program, flush=True)
@@ -49,6 +49,7 @@ def figures_of(program: str, folder: Path) -> Path:
 
 
 def row(program: str, found: dict) -> str:
+    """Format a program's row of the table."""
     mesh = " x ".join(str(size) for size in found["mesh"].values())
     start = f"| `{program}` | {math.prod(found['mesh'].values())} | {mesh} | {found['batch']} "
     memory = f"| {found['hbm_peak_gib']:.1f} of {found['hbm_limit_gib']:.1f} | {found['hbm_headroom_gib']:.1f} "
@@ -65,6 +66,7 @@ def row(program: str, found: dict) -> str:
 
 
 def main(_):
+    """Compile what is missing and rewrite the table."""
     folder, page = Path(FIGURES.value), Path(TABLE.value)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {program: figures_of(program, folder) for program in PROGRAMS}

@@ -1,9 +1,9 @@
-"""Peak memory of the full-size VAE on this machine: decodes a scene of 49 x 480 x 720, chunk by chunk.
+"""Measures the peak memory of the full-size VAE, by decoding a scene of 49 x 480 x 720 chunk by chunk.
 
     JAX_PLATFORMS=cpu python benchmarks/vae_memory.py --dtype=bfloat16 [--frames=17]
 
-The weights are random, of CogVideoX's own sizes, and read from a directory as a checkpoint is. From the second chunk on
-a chunk is the same program: a shorter scene has the same peak.
+The weights are random, have CogVideoX's sizes and are read from a folder like a checkpoint. All chunks after the first
+run the same program, so a shorter scene has the same peak.
 """
 
 import resource
@@ -26,17 +26,18 @@ from mask2dit_jax.pretrained import directory as port
 from mask2dit_jax.pretrained.encoders import VideoCodec
 from mask2dit_jax.pretrained.pretrained import Pretrained
 
-DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and computation.")
-FRAMES = flags.DEFINE_integer("frames", 49, "Of the scene.")
-SIZE = flags.DEFINE_list("size", ["480", "720"], "Height and width, pixels.")
+DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Type of weights and computation.")
+FRAMES = flags.DEFINE_integer("frames", 49, "Number of frames of the scene.")
+SIZE = flags.DEFINE_list("size", ["480", "720"], "Height and width in pixels.")
 
 
 def peak_gb() -> float:
+    """Return the peak memory of this process in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def write_random_weights(folder: str, config: VAEConfig) -> None:
-    """Norms of 1 and kernels by their number of inputs, which keep activations as large as they are."""
+    """Write norms of 1, and kernels scaled by their number of inputs, which preserve the size of activations."""
     random = np.random.default_rng(0)
 
     def leaf(x):
@@ -48,6 +49,7 @@ def write_random_weights(folder: str, config: VAEConfig) -> None:
 
 
 def main(_):
+    """Decode the scene and print the peak after each chunk."""
     config = VAEConfig.cogvideox_5b()
     frames = 1 + (FRAMES.value - 1) // config.temporal_compression_ratio
     height, width = (int(side) // config.spatial_compression_ratio for side in SIZE.value)

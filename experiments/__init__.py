@@ -1,0 +1,1 @@
+"""Experiments on top of the package: the paper's findings at small scale, and recipes for the tiny assets."""

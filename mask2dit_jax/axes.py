@@ -1,13 +1,15 @@
-"""The axis legend: one letter means one thing in every einsum, einops pattern, comment and type of this package.
+"""The axis legend. Each letter means the same thing in every einsum, einops pattern, comment and type.
 
     b  batch             f  latent (or pixel) frame       t  text token       k  attention head
     s  scene             h, w  rows, columns              l  token            d  width of the transformer
     c  channel           p  patch side                    m  head dimension   x  width of the text embedding
 
-Latents and pixels are channels-last, frames in time order: `b f h w c`. The scenes of one video follow each other
-along `f`. Tokens follow the official order `[T_1 .. T_n ; V_1 .. V_n]` along `l`. Timesteps are `b s`.
+Latents and pixels have their channels last and their frames in temporal order: `b f h w c`. The scenes of a video
+follow each other along `f`. Tokens are ordered `[T_1 .. T_n ; V_1 .. V_n]` along `l` (all texts, then all videos).
+Timesteps are `b s`.
 
-`F32["b f h w c"]` and friends below are jaxtyping annotations: free at run time, checked in the tests.
+`Floats["b f h w c"]` and the other annotations below come from jaxtyping. They cost nothing at run time; the tests
+check them.
 """
 
 import jax
@@ -18,7 +20,7 @@ Array = jax.Array
 
 
 class _Shaped:
-    """`Floats["b l d"]` instead of `Float[Array, "b l d"]`: short enough for every signature."""
+    """Shorten `Float[Array, "b l d"]` to `Floats["b l d"]`, so that every signature can carry its axes."""
 
     def __init__(self, kind, array):
         self._kind, self._array = kind, array

@@ -355,11 +355,12 @@ KINDS: Mapping[str, type[RunConfig]] = types.MappingProxyType(
 )
 
 
-def read_config(config: ConfigDict | Mapping[str, Any], kind: type[T], program: str) -> T:
+def read_config(config: ConfigDict | Mapping[str, Any], kind: type[T], program: str = "this program") -> T:
     """Turn what a config file and the command line said into a checked dataclass.
 
     Args:
-        kind: `TrainConfig` or `SampleConfig`, what the main `program` runs, or `RunConfig` for either.
+        kind: `TrainConfig` or `SampleConfig`, what the caller runs, or `RunConfig` for either.
+        program: name of the caller in messages.
 
     Raises:
         UserError: the config is for another main, lacks a field, or a value fails its check.

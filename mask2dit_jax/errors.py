@@ -1,16 +1,17 @@
 """Errors a user can act on: one line that names the thing and the remedy, no traceback."""
 
+import contextlib
+import difflib
 import io
 import os
-import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from logging import ERROR
+from logging import ERROR, LogRecord
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from tqdm import tqdm
@@ -21,20 +22,23 @@ _leave: Callable[[int], NoReturn] = sys.exit
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong, with which thing, and what to do about it."""
+    """Report bad input. The message is one line: what is wrong, with which thing, and what to do about it."""
 
 
 def is_no_answer(error: BaseException) -> bool:
-    """Whether a bucket does not answer, or not to this account: what gcsfs has no OSError for."""
+    """Return whether a bucket did not answer, or refused this account, in a way that gcsfs has no OSError for."""
     libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return bool(libraries & {"gcsfs", "google", "aiohttp", "requests"})
 
 
 def leave_at_once(*, is_first: bool) -> None:
-    """From now on a failure ends this process where it stands.
+    """Make every later failure end this process where it stands, because it is one of several.
 
-    It is one of several: on its way out JAX would wait for the others, which wait for this one in a collective. The
-    first of them keeps their accounts; when it ends, JAX aborts the others with pages of C++.
+    On its way out JAX would wait for the other processes, which wait for this one in a collective.
+
+    Args:
+        is_first: whether the others report to this process. When it ends, JAX aborts them with pages of C++, so it
+            leaves them a moment to say what went wrong.
     """
 
     def leave(code: int) -> NoReturn:
@@ -51,21 +55,40 @@ def leave_at_once(*, is_first: bool) -> None:
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs an absl main; bad input or a bad flag ends as one line on stderr and exit code 1."""
-    try:
-        app.run(_reporting(main), flags_parser=_parse_flags)
-    except KeyboardInterrupt:
-        _die("interrupted")
-
-
-def _reporting(main):
-    def wrapped(argv):
-        logging.set_verbosity(logging.INFO)
-        handler = logging.get_absl_handler()
-        handler.addFilter(_is_worth_reading)
-        handler.python_handler.setStream(_AboveProgressBars())
+    """Run an absl main; bad input or a bad flag ends as one line on stderr and exit code 1."""
+    with _late_answers_dropped():
         try:
-            main(argv)
+            app.run(_reporting(main), flags_parser=_parse_flags)
+        except KeyboardInterrupt:
+            _die("interrupted")
+
+
+@contextlib.contextmanager
+def _late_answers_dropped() -> Iterator[None]:
+    """Drop dozens of tracebacks that Python would print when one array of a checkpoint cannot be written.
+
+    Orbax then abandons the other arrays and closes their event loop, and offers no way to wait for them. The writes
+    end later, in threads of tensorstore where nothing can catch an exception, so only this hook of the process can
+    tell them from exceptions that matter. The main owns the process; no library code sets the hook.
+    """
+    hook = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # asyncio has no type of its own for it
+            hook(unraisable)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+def _reporting(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
+    def wrapped(argv):
+        try:
+            with _readable_log():
+                main(argv)
             return
         except UserError as error:
             message = str(error)
@@ -79,78 +102,127 @@ def _reporting(main):
             else:
                 traceback.print_exc()
                 _leave(1)
-        # Out here the error and the frames it held are gone, so that an open progress bar has ended its line.
+        # Here the error and the frames it held are gone, so an open progress bar has ended its line.
         _die(message)
 
     return wrapped
 
 
+@contextlib.contextmanager
+def _readable_log() -> Iterator[None]:
+    """Log to stderr what a user wants to read, around open progress bars, for as long as the main runs."""
+    handler, verbosity = logging.get_absl_handler(), logging.get_verbosity()
+    logging.set_verbosity(logging.INFO)
+    handler.addFilter(_is_worth_reading)
+    before = handler.python_handler.setStream(_AboveProgressBars())
+    try:
+        yield
+    finally:
+        handler.python_handler.setStream(before)
+        handler.removeFilter(_is_worth_reading)
+        logging.set_verbosity(verbosity)
+
+
 class _AboveProgressBars(io.TextIOBase):
-    """stderr, where a line does not run into an open progress bar."""
+    """Write to stderr without running into an open progress bar."""
 
     def write(self, text: str) -> int:
         tqdm.write(text, sys.stderr, end="")
         return len(text)
 
 
-def _is_worth_reading(record) -> bool:
-    """Orbax and TFDS tell of their inner life through absl too; of that, only errors are for the user, and not those
-    that are raised as well: they come with a traceback."""
-    if not any(library in record.pathname for library in ("orbax", "tensorflow_datasets")):
+def _is_worth_reading(record: LogRecord) -> bool:
+    """Drop what Orbax, TFDS and asyncio (for Orbax) log, except errors that no exception reports as well."""
+    if not any(library in record.pathname for library in ("orbax", "tensorflow_datasets", "asyncio")):
         return True
     return record.levelno >= ERROR and not record.exc_info
 
 
-def _parse_flags(argv):
-    _check_config_file(argv)
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    path = _config_path(argv)
+    if path is not None:
+        file = path.partition(":")[0]
+        # ml_collections would report it when the config is first used, as a page of attempts.
+        if not (file.endswith(".py") and Path(file).is_file()):
+            _die(f"config file {file!r} does not exist or is no Python file; give one like configs/sft.py:tiny")
     try:
         return flags.FLAGS(argv)
-    # ml_collections reports a field that the config lacks as KeyError, or as AttributeError of a KeyError; a value of a
-    # wrong type as TypeError or ValueError.
-    except (KeyError, AttributeError) as error:
-        _die(_unknown_field(str(error), argv))
-    except (flags.Error, TypeError, ValueError) as error:
-        _die(_wrong_flag(str(error)))
+    except (flags.Error, ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        _die(_unset_flags() or (path and _wrong_config(path, argv)) or str(error))
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    """Return the value of --config, FILE or FILE:PRESET."""
+    for argument, following in pairwise([*argv[1:], ""]):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return value if equals else following
+    return None
+
+
+def _unset_flags() -> str | None:
+    """Return what to say of required flags that are missing; absl looks for them when it has parsed all others."""
+    if not flags.FLAGS.is_parsed():
+        return None
+    validators = [validator for name in flags.FLAGS for validator in flags.FLAGS[name].validators]
+    # One for several flags asks for the first of them.
+    unset = sorted({f"--{validator.get_flags_names()[0]}" for validator in validators if not _passes(validator)})
+    return f"{' and '.join(unset)} must be given; --help says what for" if unset else None
+
+
+def _passes(validator: Any) -> bool:
+    try:
+        validator.verify(flags.FLAGS)
+    except flags.ValidationError:
+        return False
+    return True
+
+
+def _wrong_config(path: str, argv: Sequence[str]) -> str | None:
+    """Return what is wrong with the config or with a field set in it.
+
+    ml_collections reports a field that does not exist as a KeyError, or an AttributeError, that names neither the
+    argument nor its part in it, and an error inside the file as the text of its traceback. So the file is loaded again
+    and the fields are looked up here.
+    """
+    parser = flags.FLAGS["config"].parser
+    try:
+        config = parser.parse(path)
     except ImportError as error:
-        _die(f"the config cannot be read: {error}; start in the folder that holds configs/")
+        return f"the config cannot be read: {error}; start in the folder that holds configs/"
+    except (TypeError, ValueError) as error:  # raised while the file's own error was handled
+        return f"--config={path}: {error.__context__ or error}"
+    except Exception as error:
+        return f"the config cannot be read: {error}; give a file like configs/sft.py:tiny"
+    given = pairwise([*argv[1:], ""])
+    return next(filter(None, (_wrong_field(config, *pair) for pair in given)), None)
 
 
-def _check_config_file(argv):
-    """ml_collections reports a missing config file only when the config is first used, as a page of attempts."""
-    for arg, following in pairwise([*argv[1:], ""]):
-        name, equals, value = arg.partition("=")
-        path = (value if equals else following).partition(":")[0]
-        if name in ("--config", "-config") and not (path.endswith(".py") and Path(path).is_file()):
-            _die(f"config file {path!r} does not exist or is no Python file; give one like configs/sft.py:tiny")
+def _wrong_field(config: Any, argument: str, following: str) -> str | None:
+    """Return what is wrong with an argument that sets a field, --config.FIELD=VALUE or --config.FIELD VALUE."""
+    if not argument.lstrip("-").startswith("config."):
+        return None
+    name, equals, value = argument.lstrip("-").partition("=")
+    _, *fields = name.split(".")
+    for field in fields:
+        known = list(config) if hasattr(config, "keys") else []
+        if field not in known:
+            similar = difflib.get_close_matches(field, known, n=1)
+            remedy = f"did you mean {similar[0]!r}?" if similar else "the file of the config lists its fields"
+            return f"{argument}: the config has no field {field!r}; {remedy}"
+        config = config[field]
+    if name in flags.FLAGS and (equals or not flags.FLAGS[name].boolean):
+        try:
+            flags.FLAGS[name].parser.parse(value if equals else following)
+        except (TypeError, ValueError) as error:
+            return f"{argument}: {error}; give a value of the type that the config has there"
+    return None
 
 
-def _unknown_field(message: str, argv) -> str:
-    """ml_collections names the field alone; the user knows it as a part of an argument."""
-    field = (re.search(r"lookup: ([\w.]+)", message) or re.match(r"\W*(\w+)", message))[1]
-    argument = next((arg for arg in argv if re.search(rf"\.{field}\b", arg.partition("=")[0])), None)
-    if argument is None:
-        return f"the config cannot be read: {message}; give a file like configs/sft.py:tiny"
-    similar = re.search(r'Did you mean "(\w+)"', message)
-    remedy = f"did you mean {similar[1]!r}?" if similar else "the file of the config lists its fields"
-    return f"{argument}: the config has no field {field!r}; {remedy}"
-
-
-def _wrong_flag(message: str) -> str:
-    unset = re.findall(r"Flag (--\w+) must have a value other than None", message)
-    if unset:
-        return f"{' and '.join(sorted(unset))} must be given; --help says what for"
-    # An error inside a config file comes with a page of traceback, its message last.
-    flag, _, cause = message.partition(": Error whilst parsing config file:")
-    if cause:
-        return f"{flag}: {cause.strip().splitlines()[-1].partition(': ')[2]}"
-    wrong_type = message.startswith("flag --config.")
-    return f"{message}; give a value of the type that the config has there" if wrong_type else message
-
-
-def _one_line(error) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
-def _die(message) -> NoReturn:
+def _die(message: str) -> NoReturn:
     print(f"error: {_one_line(message)}", file=sys.stderr)
     _leave(1)

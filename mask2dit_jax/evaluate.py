@@ -1,9 +1,10 @@
-"""Measures a sampled story against the shots that its prompts describe.
+"""Compares a sampled story with the training shots that its prompts describe.
 
     python -m mask2dit_jax.evaluate --story=demo --shots=data/demo/pretrain.csv
 
-writes demo/evaluation.json: for each scene its distance to every training shot (RMS difference in grey levels), the
-nearest shot, and whether that is the shot whose caption is its prompt. Fails if any scene is nearest to another shot.
+This writes demo/evaluation.json. For each scene the file lists the distance to every training shot (RMS difference in
+grey levels), the nearest shot, and whether the nearest shot is the one whose caption equals the scene's prompt. The
+command fails if any scene is nearest to a different shot.
 """
 
 import json
@@ -22,12 +23,17 @@ from mask2dit_jax.metrics.nearest_shot import distances
 from mask2dit_jax.pretrained.directory import read_json
 
 _STORY = flags.DEFINE_string("story", None, "Output folder of mask2dit_jax.sample.", required=True)
-_SHOTS = flags.DEFINE_string("shots", None, "The csv of the training shots.", required=True)
+_SHOTS = flags.DEFINE_string("shots", None, "CSV file that lists the training shots.", required=True)
 
 
 def main(argv):
+    """Measure all scenes of the story, write evaluation.json and print a table.
+
+    Raises:
+        UserError: A file cannot be read, or a scene is nearest to a shot that its prompt does not describe.
+    """
     if len(argv) > 1:
-        raise UserError(f"what is {argv[1]}? folders are given as --story=DIR --shots=CSV")
+        raise UserError(f"unexpected argument {argv[1]}; the flags are --story=DIR --shots=CSV")
     story = epath.Path(_STORY.value)
     run = read_json(story / "run.json")
     clips = read_pretrain_csv(_SHOTS.value)
@@ -48,12 +54,13 @@ def main(argv):
         print(story / name)
     if correct < len(rows):
         raise UserError(
-            f"{len(rows) - correct} of {len(rows)} scenes look like another prompt's shot; see {story}/evaluation.json"
+            f"{len(rows) - correct} of {len(rows)} scenes look like a shot of another prompt; "
+            f"see {story}/evaluation.json"
         )
 
 
 def _all_frames(path, size) -> np.ndarray:
-    """Every frame of a video, as training sees it, on 8 bits."""
+    """Return all frames of a video, resized and cropped as in training, in 8 bits."""
     fitted = [fit_frames(frame[None], size)[0] for frame in iter_frames(path)]
     return ((np.stack(fitted) + 1) * 127.5).round().astype(np.uint8)
 

@@ -2,8 +2,8 @@
 
     python -m mask2dit_jax.self_check --bucket=gs://my-bucket/runs --mesh=1x16x4x1
 
-Run it on all workers at once (launch/run.sh self_check ...). Worker 0 prints a line for each check; all workers end
-with the same exit code.
+Run it on all workers at once (launch/run.sh self_check ...). Worker 0 prints one line per check. All workers exit with
+the same code.
 """
 
 import dataclasses
@@ -33,10 +33,12 @@ from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import AXES
 
 _BUCKET = flags.DEFINE_string("bucket", None, "Where the job will write: gs://BUCKET/FOLDER, or a local folder.")
-_MESH = flags.DEFINE_string("mesh", "", "Sizes of data x fsdp x context x tensor, e.g. 1x16x4x1; all devices if empty.")
-_MEMORY = flags.DEFINE_float("min_memory_gib", 8, "Host memory that must be available on each worker.")
-_DISK = flags.DEFINE_float("min_disk_gib", 10, "Disk that must be free on each worker, in the folder it runs in.")
-_TIMEOUT = flags.DEFINE_integer("timeout_s", 600, "A check that hangs (a chip or a worker that is gone) ends here.")
+_MESH = flags.DEFINE_string(
+    "mesh", "", "Sizes of data x fsdp x context x tensor, e.g. 1x16x4x1. If empty, all devices lie along data."
+)
+_MEMORY = flags.DEFINE_float("min_memory_gib", 8, "Host memory in GiB that must be available on each worker.")
+_DISK = flags.DEFINE_float("min_disk_gib", 10, "Disk space in GiB that must be free in each worker's current folder.")
+_TIMEOUT = flags.DEFINE_integer("timeout_s", 600, "Seconds after which a check that hangs (on a lost chip) is aborted.")
 flags.mark_flags_as_required(["bucket"])
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "mask2dit_jax")
@@ -45,7 +47,20 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one worker says of itself. `bucket` and `total` hold what went wrong, or nothing."""
+    """The state of one worker, as it sees itself.
+
+    Attributes:
+        host: Host name.
+        platform: JAX's platform of the local devices, such as "tpu".
+        device_kind: JAX's name of the local devices, such as "TPU v5 lite".
+        num_devices: Number of local devices.
+        has_tpu: Whether the host has TPU device files, in use or not.
+        versions: Package -> version; also the commit and a digest of the sources.
+        bucket: Why the bucket cannot be used; empty if it can.
+        total: Why the sum over the mesh failed; empty if it is right.
+        memory_gib: Available host memory.
+        disk_gib: Free disk space in the current folder.
+    """
 
     host: str
     platform: str
@@ -61,21 +76,29 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
+    """The outcome of one check over all workers. Only a failed check has a remedy."""
+
     name: str
     found: str
-    remedy: str = ""  # only a failed check has one
+    remedy: str = ""
 
     def __str__(self) -> str:
+        """Format the result as the line that worker 0 prints."""
         line = f"{'FAILED' if self.remedy else 'ok':7}{self.name:10}{self.found}"
         return f"{line}; {self.remedy}" if self.remedy else line
 
 
 def main(argv):
+    """Run all checks on this worker, exchange the reports and print the results.
+
+    Raises:
+        UserError: A check failed, or the workers cannot exchange data.
+    """
     if len(argv) > 1:
-        raise UserError(f"what is {argv[1]}? settings are given as --name=value")
+        raise UserError(f"unexpected argument {argv[1]}; flags have the form --name=value")
     shape = parse_mesh(_MESH.value)
     distributed.initialize()
-    hangs = f"no answer within {_TIMEOUT.value} s: a worker, a chip or the bucket hangs; recreate the slice"
+    hangs = f"no answer within {_TIMEOUT.value} s, so a worker, a chip or the bucket hangs; recreate the slice"
     try:
         with distributed.exit_after(_TIMEOUT.value, hangs):
             reports = gather(look_around(_BUCKET.value, shape))
@@ -86,11 +109,15 @@ def main(argv):
         print(*results, sep="\n", flush=True)
     failed = [result.name for result in results if result.remedy]
     if failed:
-        raise UserError(f"self check failed: {', '.join(failed)}; worker 0 says why")
+        raise UserError(f"self check failed: {', '.join(failed)}; worker 0 prints the reason")
 
 
 def parse_mesh(text: str) -> tuple[int, ...]:
-    """ "1x16x4x1" -> (1, 16, 4, 1); () for all devices along one axis."""
+    """Parse "1x16x4x1" to (1, 16, 4, 1), and the empty string to ().
+
+    Raises:
+        UserError: `text` is not four positive sizes.
+    """
     if not text:
         return ()
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
@@ -98,10 +125,16 @@ def parse_mesh(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.split("x"))
 
 
-# Each worker for itself
+# Checks that each worker makes for itself
 
 
 def look_around(bucket: str, shape: tuple[int, ...]) -> Report:
+    """Report the state of this worker.
+
+    Args:
+        bucket: Folder that the job will write to, local or gs://.
+        shape: Sizes of the mesh axes; all devices lie along the first axis if empty.
+    """
     devices = jax.local_devices()
     return Report(
         host=socket.gethostname(),
@@ -118,6 +151,7 @@ def look_around(bucket: str, shape: tuple[int, ...]) -> Report:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and the packages, the commit and a digest of the sources."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -128,7 +162,7 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Of the checkout, or of what launch/install.sh or the Dockerfile copied here."""
+    """Return the commit of the checkout, or the one that launch/install.sh or the Dockerfile has recorded."""
     if (ROOT / "COMMIT").is_file():
         return (ROOT / "COMMIT").read_text().strip()
     try:
@@ -139,7 +173,7 @@ def _commit() -> str:
 
 
 def _digest_of_sources() -> str:
-    """A commit does not show that somebody has edited a file on one of the workers."""
+    """Return a digest of the source files, because the commit does not reveal a file edited on one worker."""
     digest = hashlib.sha256()
     for path in sorted([*ROOT.glob("mask2dit_jax/**/*.py"), *ROOT.glob("configs/**/*.py")]):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -147,13 +181,19 @@ def _digest_of_sources() -> str:
 
 
 def write_and_read(folder: epath.Path) -> None:
-    """Raises what keeps this worker from it; a local folder must exist, so that a mistyped one is not made."""
+    """Write a file to `folder`, read it back and delete it.
+
+    A local folder must exist already, so that a mistyped name does not create one.
+
+    Raises:
+        Exception: Whatever keeps this worker from using the folder.
+    """
     content = uuid.uuid4().hex
     probe = folder / f".self_check_{content}"
     probe.write_text(content)
     try:
         if probe.read_text() != content:
-            raise OSError("what was written is not what is read")
+            raise OSError("the content read differs from the content written")
     finally:
         probe.unlink()
     if is_remote(folder):
@@ -161,22 +201,22 @@ def write_and_read(folder: epath.Path) -> None:
 
 
 def _write_and_read_as_checkpoints_do(folder: str, content: str) -> None:
-    """Their arrays go into a bucket through a library with credentials of its own."""
+    """Write and read through TensorStore, which checkpoints use for arrays and which has credentials of its own."""
     store = tensorstore.KvStore.open(folder).result()
     store.write("array", content).result()
     try:
         if store.read("array").result().value != content.encode():
-            raise OSError("what a checkpoint's arrays are written with is not what is read")
+            raise OSError("TensorStore, which writes checkpoints, reads other content than it wrote")
     finally:
         store.delete_range(tensorstore.KvStore.KeyRange()).result()
 
 
 def sum_over_mesh(shape: tuple[int, ...]) -> None:
-    """Device number i gives i + 1 to a sum over each axis of the mesh, and over all of them.
+    """Check psum over each axis of the mesh and over all axes; device i contributes i + 1.
 
     Raises:
-        ValueError: the mesh is not one of these devices.
-        ArithmeticError: a sum that arrived here is wrong.
+        ValueError: The sizes do not multiply to the number of devices.
+        ArithmeticError: A device of this worker received a wrong sum.
     """
     devices = jax.devices()
     if math.prod(shape) != len(devices):
@@ -188,7 +228,7 @@ def sum_over_mesh(shape: tuple[int, ...]) -> None:
         expected = numbers.sum(axis=tuple(AXES.index(axis) for axis in axes), keepdims=True)
         for shard in _psum(placed, mesh, axes).addressable_shards:
             if not np.array_equal(shard.data, expected[shard.index]):
-                raise ArithmeticError(f"over {' x '.join(axes)}, {shard.device} has a wrong sum")
+                raise ArithmeticError(f"{shard.device} received a wrong sum over {' x '.join(axes)}")
 
 
 def _psum(x: jax.Array, mesh: Mesh, axes: tuple[str, ...]) -> jax.Array:
@@ -200,7 +240,10 @@ def _psum(x: jax.Array, mesh: Mesh, axes: tuple[str, ...]) -> jax.Array:
 
 
 def available_memory() -> int:
-    """Bytes; what the kernel would give to a new process, caches included, where it says so."""
+    """Return the memory in bytes that a new process could get.
+
+    This is the kernel's MemAvailable, which includes reclaimable caches, or the physical memory where there is none.
+    """
     try:
         kib = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]
     except (OSError, TypeError):
@@ -209,7 +252,7 @@ def available_memory() -> int:
 
 
 def _why_not(action: Callable[[], None]) -> str:
-    """What keeps `action` from succeeding. Whatever it is (credentials, network, a package), it is the answer."""
+    """Run `action` and return its error, or "". Any error counts: credentials, network, a missing package."""
     try:
         action()
     except Exception as error:
@@ -221,15 +264,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-# All workers together
+# Checks over all workers
 
 
 def gather(report: Report) -> list[Report]:
-    """The reports of all workers, on each of them."""
+    """Return the reports of all workers to each worker, in the order of their numbers."""
     return [Report(**fields) for fields in distributed.gather_json(dataclasses.asdict(report))]
 
 
 def judge(reports: list[Report], bucket: str, min_memory_gib: float, min_disk_gib: float) -> list[Result]:
+    """Return the result of each check, given the reports of all workers."""
     return [
         judge_devices(reports),
         judge_versions(reports),
@@ -237,7 +281,7 @@ def judge(reports: list[Report], bucket: str, min_memory_gib: float, min_disk_gi
             "bucket",
             [report.bucket for report in reports],
             f"{bucket} is readable and writable",
-            "make it, give the workers' service account access to it, or choose another",
+            "create it, give the workers' service account access to it, or choose another",
         ),
         _judge_errors(
             "psum",
@@ -246,29 +290,31 @@ def judge(reports: list[Report], bucket: str, min_memory_gib: float, min_disk_gi
             f"the sizes of --mesh must multiply to {sum(report.num_devices for report in reports)}; "
             "if they do, recreate the slice",
         ),
-        _judge_least("memory", [report.memory_gib for report in reports], min_memory_gib, "end what else runs there"),
-        _judge_least("disk", [report.disk_gib for report in reports], min_disk_gib, "delete what nobody needs there"),
+        _judge_least("memory", [report.memory_gib for report in reports], min_memory_gib, "end other processes there"),
+        _judge_least("disk", [report.disk_gib for report in reports], min_disk_gib, "delete unneeded files there"),
     ]
 
 
 def judge_devices(reports: list[Report]) -> Result:
+    """Check that all workers use the same number and kind of devices, and that no TPU is idle."""
     idle = [number for number, report in enumerate(reports) if report.has_tpu and report.platform != "tpu"]
     if idle:
         return Result(
             "devices",
-            f"no TPU in use on {_workers(idle)}, which has one",
+            f"JAX does not use the TPU of {_workers(idle)}",
             "install the package as '.[tpu]' and unset JAX_PLATFORMS",
         )
     kinds = [f"{report.num_devices} x {report.device_kind}" for report in reports]
     usual, others = _split(kinds)
     if others:
         odd = f"{kinds[others[0]]} on {_workers(others)}, {usual} elsewhere"
-        return Result("devices", odd, "end what else holds chips there, or recreate the slice")
+        return Result("devices", odd, "end other processes that hold chips there, or recreate the slice")
     total, kind = sum(report.num_devices for report in reports), reports[0].device_kind
     return Result("devices", f"{total} x {kind}: {reports[0].num_devices} on each of {len(reports)} workers")
 
 
 def judge_versions(reports: list[Report]) -> Result:
+    """Check that all workers have the same versions and sources."""
     differing = []
     for name in reports[0].versions:
         found = [report.versions[name] for report in reports]
@@ -278,7 +324,7 @@ def judge_versions(reports: list[Report]) -> Result:
             more = f" and {len(others) - 4} more" if len(others) > 4 else ""
             differing.append(f"{name} {usual}, but {odd}{more}")
     if differing:
-        return Result("versions", "; ".join(differing), "install the same on all workers (launch/install.sh)")
+        return Result("versions", "; ".join(differing), "install the same versions on all workers (launch/install.sh)")
     return Result("versions", " ".join(f"{name} {version}" for name, version in reports[0].versions.items()))
 
 
@@ -298,7 +344,7 @@ def _judge_least(name: str, gib: list[float], least: float, remedy: str) -> Resu
 
 
 def _split(values: list[str]) -> tuple[str, list[int]]:
-    """What most workers have (worker 0 in a tie), and the numbers of those that have something else."""
+    """Return the most common value (worker 0 breaks ties) and the numbers of the workers with another value."""
     usual = max(values, key=values.count)
     return usual, [number for number, value in enumerate(values) if value != usual]
 

@@ -1,9 +1,9 @@
-"""The paper's findings at desk scale: trains what a finding compares, samples stories, reads them, draws the table.
+"""Reproduces a finding of the paper at desk scale: trains the models it compares, samples stories and measures them.
 
     python experiments/desk --finding=table2 --output=desk
 
-writes OUTPUT/FINDING.json and .png, OUTPUT/storyboards/FINDING-*.png. What is done is kept: a run that was killed goes
-on, and findings share their runs. docs/desk.md says what came out.
+This writes OUTPUT/FINDING.json, OUTPUT/FINDING.png and OUTPUT/storyboards/FINDING-*.png. Finished work is kept: a
+killed run resumes, and findings share their runs. docs/desk.md shows the results.
 """
 
 import re
@@ -24,15 +24,20 @@ from experiments.desk.runs import train
 from experiments.desk.world import draw_stories
 from mask2dit_jax.errors import UserError, run_main
 
-_FINDING = flags.DEFINE_enum("finding", "table2", list(FINDINGS), "What to show.")
+_FINDING = flags.DEFINE_enum("finding", "table2", list(FINDINGS), "Finding to reproduce.")
 _OUTPUT = flags.DEFINE_string("output", "desk", "Folder for data, runs and results.")
-_SEEDS = flags.DEFINE_integer("seeds", len(SEEDS), "Training seeds.", lower_bound=1, upper_bound=len(SEEDS))
-_JOBS = flags.DEFINE_integer("jobs", 2, "Runs that train side by side, a thread each.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", len(SEEDS), "Number of training seeds.", lower_bound=1, upper_bound=len(SEEDS))
+_JOBS = flags.DEFINE_integer("jobs", 2, "Number of runs that train at once, with one thread each.", lower_bound=1)
 
 
 def main(argv):
+    """Train, sample and measure all arms of the finding, then write and print the table.
+
+    Raises:
+        UserError: A run fails, or matplotlib is missing.
+    """
     if len(argv) > 1:
-        raise UserError(f"what is {argv[1]}? settings are given as --finding=NAME --output=DIR")
+        raise UserError(f"unexpected argument {argv[1]}; the flags are --finding=NAME --output=DIR")
     finding, output = FINDINGS[_FINDING.value].with_seeds(_SEEDS.value), Path(_OUTPUT.value)
     _prepare_world(finding, output)
     jax.config.update("jax_compilation_cache_dir", str(output / "compiled"))
@@ -49,9 +54,9 @@ def main(argv):
 
 
 def _prepare_world(finding: Finding, output: Path):
-    """The world, and the stories that the finding's runs are trained on."""
+    """Write the world and the stories that the finding's runs train on, unless they exist."""
     world = output / "world"
-    if not any(world.glob("*.json")):  # written last
+    if not any(world.glob("*.json")):  # stories are written after the world
         write_world(world)
     for name in sorted({run.stories for run in finding.runs}):
         if not (world / f"{name}.json").exists():
@@ -59,7 +64,7 @@ def _prepare_world(finding: Finding, output: Path):
 
 
 def _draw_stories(finding: Finding, output: Path):
-    """The first story of each arm's first seed: chosen before anything was sampled."""
+    """Draw the first story of each arm's first seed, a choice that does not depend on the results."""
     for arm in finding.arms:
         scenes = [frames[0] for frames in evidence.sampled(arm.runs[0], arm.protocol, output)]
         truth = evidence.evaluation_stories(arm.protocol)[0]

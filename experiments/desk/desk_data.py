@@ -1,9 +1,9 @@
-"""The world as files that the mains read: clips, lists of them, and the frozen components.
+"""The story world as files that the mains read: clips, lists of clips, and the frozen components.
 
-FOLDER/clips/*.mkv       every scene of the world once: FFV1, which is lossless (H.264 would smear 4 x 4 pixels)
-FOLDER/NAME.json         stories: groups of consecutive shots
+FOLDER/clips/*.mkv       every scene of the world once, in lossless FFV1 (H.264 would smear 4 x 4 pixels)
+FOLDER/NAME.json         stories, as groups of consecutive shots
 FOLDER/pretrain.csv      single shots
-FOLDER/pretrained/       a lossless codec; text encoder, tokenizer and noise schedule of the tiny preset
+FOLDER/pretrained/       a lossless codec, and the text encoder, tokenizer and noise schedule of the tiny preset
 """
 
 import os
@@ -27,11 +27,11 @@ CODEC = SpaceToDepthConfig(1, scaling_factor=1.5, sample_height=SIDE, sample_wid
 
 
 def write_world(folder: str | os.PathLike) -> None:
-    """Clips, pretrain.csv and pretrained/."""
+    """Write the clips, pretrain.csv and pretrained/ to `folder`."""
     folder = Path(folder)
     for scene in ALL_SCENES:
         write_lossless(folder / _path(scene), render(scene))
-        # The rule of pretraining leaves out the ends of a clip, so here the last frame stands still for another one.
+        # Pretraining skips the ends of a clip, so its copy repeats the last frame.
         write_lossless(folder / _path(scene, "pretrain"), np.pad(render(scene), ((0, 1), *[(0, 0)] * 3), mode="edge"))
     write_pretrain_csv(folder / "pretrain.csv", [_clip(folder, scene, "pretrain") for scene in ALL_SCENES])
     for name in ("text_encoder", "tokenizer", "scheduler"):
@@ -41,7 +41,7 @@ def write_world(folder: str | os.PathLike) -> None:
 
 
 def write_stories(folder: str | os.PathLike, name: str, stories: Sequence[WorldStory]) -> None:
-    """FOLDER/NAME.json; the clips are there already."""
+    """Write FOLDER/NAME.json, whose clips `write_world` has written."""
     folder = Path(folder)
     groups = [
         Group(f"story {number}", tuple(_clip(folder, scene) for scene in story)) for number, story in enumerate(stories)
@@ -50,7 +50,7 @@ def write_stories(folder: str | os.PathLike, name: str, stories: Sequence[WorldS
 
 
 def write_lossless(path: str | os.PathLike, frames: UInt8[np.ndarray, "f h w 3"] | Iterable) -> None:
-    """Writes FFV1 in Matroska: what is read back is what went in, bit for bit."""
+    """Write frames as FFV1 in Matroska, which preserves every bit."""
     with atomic_output(path) as local, av.open(local, "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=FPS)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "bgr0"

@@ -1,4 +1,4 @@
-"""From trained runs to a table: sample the same stories from each, read them, average, with intervals."""
+"""The table of a finding: each trained run samples the same stories, which are read and averaged with intervals."""
 
 import dataclasses
 import functools
@@ -17,16 +17,20 @@ from experiments.desk.world import WorldStory, draw_stories
 from mask2dit_jax.io.atomic import atomic_output
 
 NUM_STORIES = 128
-_SEED = 1_000_003  # of the stories that are sampled; training stories have another
+_SEED = 1_000_003  # of the stories to sample; the training stories have a different seed
 
 
 def evaluation_stories(protocol: Protocol) -> list[WorldStory]:
-    """The truth to sample: prompts of a story differ as long as there are enough of them."""
+    """Return the stories to sample. The prompts of a story are distinct as long as there are enough captions."""
     return draw_stories(_SEED, NUM_STORIES, num_scenes=protocol.num_scenes, distinct=protocol.num_scenes <= 16)
 
 
 def sampled(run: TrainingRun, protocol: Protocol, output: Path) -> list[Frames]:
-    """The evaluation stories as this run makes them, scene after scene: from disk if they were made before."""
+    """Sample the evaluation stories with a trained run, or read them from disk if they exist.
+
+    Returns:
+        The frames of all stories' first, second, ... scenes.
+    """
     path = run.workdir(output) / f"{protocol.name}.npz"
     if not path.exists():
         scenes = _maker(run, output, protocol.condition)(evaluation_stories(protocol), protocol)
@@ -38,25 +42,30 @@ def sampled(run: TrainingRun, protocol: Protocol, output: Path) -> list[Frames]:
 
 @functools.lru_cache(maxsize=64)
 def _maker(run: TrainingRun, output: Path, condition: str) -> StoryMaker:
-    """Kept, as what it has compiled for one protocol serves most others."""
+    """Build a sampler. It is cached, because programs compiled for one protocol serve most others."""
     return StoryMaker(run.workdir(output), output / "world" / "pretrained", condition)
 
 
 def read_run(run: TrainingRun, protocol: Protocol, output: Path) -> Reading:
+    """Sample the evaluation stories with a trained run and measure them."""
     return measure_stories(sampled(run, protocol, output), evaluation_stories(protocol))
 
 
 def compare_arms(finding: Finding, output: Path) -> dict:
-    """The finding's figures: shares in percent, errors in grey levels."""
+    """Return the figures of a finding: shares in percent, errors in grey levels."""
     arms = {arm.label: summary([read_run(run, arm.protocol, output) for run in arm.runs], arm) for arm in finding.arms}
     return {"finding": finding.name, "claim": finding.claim, "unit": "%; error: grey levels, 0..255", "arms": arms}
 
 
 def summary(readings: Sequence[Reading], arm: Arm) -> dict:
-    """Visual and semantic of an arm: means, 95 % intervals over stories and seeds, and of each seed; the matrix.
+    """Return the figures of an arm: visual and semantic with 95 % intervals and by seed, and the matrix.
 
-    Scenes that were given are part of what has to agree, but what they show is nobody's merit. With them all that the
-    new ones should show is known, so these arms have an error as well.
+    Given scenes count for agreement, but not for semantic, because the model did not make them. They determine all
+    that the new scenes should show, so arms with given scenes have an error as well.
+
+    Args:
+        readings: Measurements of each seed.
+        arm: The arm.
     """
     new = range(arm.protocol.num_known, arm.protocol.num_scenes)
     measures = {
@@ -83,6 +92,7 @@ def summary(readings: Sequence[Reading], arm: Arm) -> dict:
 
 
 def write_table(result: dict, path: Path) -> None:
+    """Write the figures of a finding as JSON."""
     with atomic_output(path) as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

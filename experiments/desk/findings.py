@@ -1,4 +1,4 @@
-"""The paper's findings as comparisons: which runs, sampled how, under which name."""
+"""The paper's findings as comparisons of training runs and of the protocols they are sampled with."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ from experiments.desk.story_maker import Protocol
 SEEDS = (0, 1, 2)
 NUM_STORIES, FEW = 4000, (36, 9)
 UNRELATED = (25, 50, 100)  # percent
-# Training stories: what `world.draw_stories` is asked for.
+# The sets of training stories, as arguments of `world.draw_stories`.
 STORIES = {
     "stories": {"count": NUM_STORIES},
     **{f"few-{count:02d}": {"count": count} for count in FEW},
@@ -29,7 +29,7 @@ LENGTHS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One side of a comparison: a training run for each seed, all sampled in the same way."""
+    """One side of a comparison: a training run per seed, all sampled with the same protocol."""
 
     label: str
     runs: tuple[TrainingRun, ...]
@@ -38,8 +38,12 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Attributes:
-    claim: what the paper says of it.
+    """A comparison of several arms.
+
+    Attributes:
+        name: Name on the command line and of the files.
+        claim: What the comparison is about, or what the paper claims.
+        arms: The sides of the comparison.
     """
 
     name: str
@@ -47,19 +51,19 @@ class Finding:
     arms: tuple[Arm, ...]
 
     def with_seeds(self, count: int) -> "Finding":
-        """The same with the first `count` training seeds alone: a quicker, rougher look."""
+        """Return the finding with only the first `count` training seeds, for a quicker and rougher look."""
         arms = tuple(dataclasses.replace(arm, runs=arm.runs[:count]) for arm in self.arms)
         return dataclasses.replace(self, arms=arms)
 
     @property
     def runs(self) -> tuple[TrainingRun, ...]:
-        """All training runs, each once; an arm's first seed comes first, so that an early look shows all arms."""
+        """All training runs, each once. The first seeds of all arms come first, for an early look at all arms."""
         by_seed = zip(*(arm.runs for arm in self.arms), strict=True)
         return tuple(dict.fromkeys(run for runs in by_seed for run in runs))
 
 
 def _runs(name: str, *, stage="sft", stories="stories", starts=(), **fields) -> tuple[TrainingRun, ...]:
-    """A run for each seed; `fields` are the config's."""
+    """Return a run for each seed, with `fields` set in the config."""
     settings = tuple((field.replace("__", "."), value) for field, value in fields.items())
     return tuple(
         TrainingRun(f"{name}-{seed}", seed, settings, stage, stories, start)
@@ -75,12 +79,12 @@ _BY_PROBABILITY = {
 
 TABLE_2 = Finding(
     "table2",
-    "v1 keeps scenes apart, v2 and v3 agree and obey, v4 and v5 agree and do not obey",
+    "v1: scenes disagree; v2, v3: scenes agree and follow their prompts; v4, v5: scenes agree but ignore their prompts",
     tuple(Arm(mask, runs) for mask, runs in _BY_MASK.items()),
 )
 TABLE_4 = Finding(
     "table4",
-    "training with the conditional mask is what lets a model extend; too much of it costs fixed scenes",
+    "training with the conditional mask enables extension; too much of it harms fixed scenes",
     tuple(
         Arm(f"p={p:g} {protocol.name}", runs, protocol)
         for protocol in (EXTENSION, TWELVE, FIXED)
@@ -89,7 +93,7 @@ TABLE_4 = Finding(
 )
 TABLE_3 = Finding(
     "table3",
-    "the more groups of unrelated scenes the SFT data have, the less the scenes of a story agree",
+    "the more groups of unrelated scenes the SFT data contain, the less the scenes of a story agree",
     (
         Arm("0 %", _V2),
         *(Arm(f"{share} %", _runs(f"table3-{share:03d}", stories=f"unrelated-{share:03d}")) for share in UNRELATED),
@@ -98,7 +102,7 @@ TABLE_3 = Finding(
 _PRETRAINED = _runs("table5-pretrain", stage="pretrain")
 TABLE_5 = Finding(
     "table5",
-    "pretraining alone obeys and does not agree, SFT does both, the two together do a little better",
+    "pretraining alone: scenes follow their prompts but disagree; SFT: they do both; the two together: a little better",
     (
         Arm("pretraining", _PRETRAINED),
         Arm(f"SFT, {NUM_STORIES} stories", _V2),
@@ -115,17 +119,17 @@ TABLE_5 = Finding(
 _MIXED = _runs("table8-mixed", scene_frames="((2,2,2),(1,1,1),(2,1,2),(1,2,1))")
 TABLE_8 = Finding(
     "table8",
-    "shorter scenes, and scenes of several lengths in one story, from a model of 2-frame scenes and from a mixed one",
+    "shorter scenes and scenes of mixed lengths, from a model trained on 2-frame scenes and one trained on all lengths",
     tuple(
         Arm(f"{label} {'-'.join(map(str, protocol.scene_frames or (2, 2, 2)))}", runs, protocol)
         for label, runs in (("trained on 2-2-2:", _V2), ("trained on all:", _MIXED))
         for protocol in (FIXED, *LENGTHS)
     ),
 )
-# The rest needs no run of its own: the runs of v2, sampled in other ways.
+# The remaining findings need no training. They sample the runs of v2 with other protocols.
 CONDITION = Finding(
     "condition",
-    "known scenes shown clean (as in training) or noised at t = 0 (as the released model was sampled)",
+    "known scenes shown clean (the authors' training code) or noised at t = 0 (the authors' sampling code)",
     tuple(
         Arm(protocol.condition, _V2, protocol)
         for protocol in (EXTENSION, Protocol("extension-noised", num_known=2, condition="noised"))
@@ -133,7 +137,7 @@ CONDITION = Finding(
 )
 LONG = Finding(
     "long",
-    "stories of twelve scenes: three together, then one at a time; latents carried on, or through 8-bit pixels",
+    "stories of twelve scenes, three at once, then one at a time; known latents kept or re-encoded from 8-bit pixels",
     tuple(
         Arm("re-encoded" if protocol.reencode else "carried", _V2, protocol)
         for protocol in (TWELVE, dataclasses.replace(TWELVE, name="long-reencoded", reencode=True))

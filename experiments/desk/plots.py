@@ -1,4 +1,4 @@
-"""Pictures of a finding: bars with their intervals, the matrices, and a storyboard for each arm."""
+"""The pictures of a finding: bars with intervals, matrices, and a storyboard for each arm."""
 
 import textwrap
 from collections.abc import Sequence
@@ -12,14 +12,21 @@ from mask2dit_jax.io.atomic import atomic_output
 from mask2dit_jax.media.storyboard import StoryboardScene, write_storyboard
 
 _MOST_IN_MATRIX = 4  # scenes
-_LABEL_WIDTH = 14  # letters
-_LETTERS_PER_ARM = 21  # of the title
-_ENLARGED = 36  # a pixel of the world, in pixels of a storyboard
+_LABEL_WIDTH = 14  # characters
+_LETTERS_PER_ARM = 21  # characters of the title
+_ENLARGED = 36  # storyboard pixels per pixel of the world
 _COLOURS = {"visual": "#3d6f9e", "semantic": "#d08a3e"}
 
 
 def plot_table(result: dict, path: Path) -> None:
-    """Bars of visual and semantic with 95 % intervals; below each arm its matrix, or its course if it is long."""
+    """Plot bars of visual and semantic with 95 % intervals, and below each arm its matrix.
+
+    An arm with more than _MOST_IN_MATRIX scenes gets a curve over its scenes instead of the matrix.
+
+    Args:
+        result: Figures from `evidence.compare_arms`.
+        path: PNG file to write.
+    """
     plt = _pyplot()
     arms = result["arms"]
     figure, axes = plt.subplots(
@@ -57,14 +64,21 @@ def _draw_matrix(axis, matrix: np.ndarray):
 
 
 def _draw_by_scene(axis, agreement: np.ndarray, semantic: np.ndarray):
-    """How far a story keeps what its first scene showed, and how well each scene obeys."""
+    """Plot for each scene how often it agrees with the first scene and how often it follows its prompt."""
     for values, colour in zip((agreement, semantic), _COLOURS.values(), strict=True):
         axis.plot(range(1, len(values) + 1), values, color=colour, marker=".")
     axis.set(ylim=(0, 105), xlabel="scene", ylabel="%")
 
 
 def draw_story(path: Path, truth: WorldStory, scenes: Sequence[np.ndarray], num_known: int) -> None:
-    """The storyboard of one sampled story, the frames (f h w 3) of each scene."""
+    """Write the storyboard of one sampled story.
+
+    Args:
+        path: PNG file to write.
+        truth: Story whose captions are the prompts.
+        scenes: Frames (f h w 3) of each scene.
+        num_known: Number of leading scenes that were given.
+    """
     large = [frames.repeat(_ENLARGED, axis=1).repeat(_ENLARGED, axis=2) for frames in scenes]
     labels = ["given" if number < num_known else "" for number in range(len(truth))]
     rows: Sequence[StoryboardScene] = [

@@ -1,11 +1,11 @@
-"""Reading a sampled story without any network: every scene is what the nearest picture of the world is.
+"""Measures of sampled stories, which need no network: each scene is read as the nearest scene of the world.
 
-A scene of one frame has no direction to read; it is held against what its prompt says of the colour.
+A scene of one frame shows no direction, so only its colour is compared with the prompt.
 
-visual     the unsaid things are the same in all scenes of the story
-semantic   a scene shows what its own prompt says
-matrix     row i, column j: how often scene i shows what prompt j says
-error      how far a scene is from the picture that it should be: of an extension, all of it is known
+visual     whether the unsaid properties are the same in all scenes of the story
+semantic   whether a scene shows what its own prompt says
+matrix     in row i and column j, whether scene i shows what prompt j says
+error      the distance of a scene from the true picture, which is fully known in an extension
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Frames = UInt8[np.ndarray, "n _f h w 3"]  # one scene of n stories; scenes may h
 
 
 def read_scenes(frames: Frames) -> list[WorldScene]:
-    """The scene of the world whose frames are nearest to each of these (sum of squares)."""
+    """Return the scene of the world nearest to each of these (by the sum of squares)."""
     length = frames.shape[1]
     known = {_seen(scene, length): render(scene)[:length] for scene in ALL_SCENES}
     templates = np.stack(list(known.values())).reshape(len(known), -1).astype(np.float64)
@@ -35,18 +35,18 @@ def _seen(scene: WorldScene, num_frames: int) -> WorldScene:
 
 
 def read_stories(scenes: Sequence[Frames]) -> list[WorldStory]:
-    """The stories whose first, second, ... scenes these are."""
+    """Return the stories, given the frames of their first, second, ... scenes."""
     return list(zip(*map(read_scenes, scenes), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What was found in each story, to be averaged.
+    """The measurements of each story (n) and scene (s).
 
     Attributes:
-        agreement: 1 where a scene has the unsaid things of the story's first scene, else 0.
-        matrix: 1 where scene i shows prompt j.
-        error: root mean square of a scene's difference from the truth, in grey levels (0..255).
+        agreement: 1 if a scene has the unsaid properties of the story's first scene, otherwise 0.
+        matrix: 1 if scene s shows prompt t, otherwise 0.
+        error: RMS difference of a scene from the truth, in grey levels (0..255).
     """
 
     agreement: Float[np.ndarray, "n s"]
@@ -55,17 +55,22 @@ class Reading:
 
     @property
     def visual(self) -> Float[np.ndarray, " n"]:
-        """1 where all scenes of a story agree."""
+        """1 if all scenes of a story agree, otherwise 0."""
         return self.agreement.min(axis=1)
 
     @property
     def semantic(self) -> Float[np.ndarray, " n"]:
-        """The share of a story's scenes that show their own prompt."""
+        """Share of a story's scenes that show their own prompt."""
         return np.diagonal(self.matrix, axis1=1, axis2=2).mean(axis=1)
 
 
 def measure_stories(scenes: Sequence[Frames], truth: Sequence[WorldStory]) -> Reading:
-    """What is found in the scenes of stories that were sampled from the prompts of `truth`."""
+    """Measure stories that were sampled from the prompts of `truth`.
+
+    Args:
+        scenes: Frames of all stories' first, second, ... scenes.
+        truth: The stories as they should be.
+    """
     found = read_stories(scenes)
     agreement = [[scene.unsaid == story[0].unsaid for scene in story] for story in found]
     matrix = [

@@ -1,4 +1,4 @@
-"""Training runs: the train main with a config, in a process of its own, as often as it takes and not once more."""
+"""Training runs, each of which is the train main with a config in a process of its own."""
 
 import collections
 import dataclasses
@@ -11,8 +11,8 @@ from pathlib import Path
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.pretrained import stored_checkpoint
 
-# Two runs side by side, a thread each, finish sooner than one after the other on two threads: the products are small.
-# Optimising these programs any further takes XLA longer than it saves.
+# The matrix products are so small that two runs with one thread each finish sooner than two runs in sequence with two
+# threads. At a higher optimisation level, XLA would take longer to compile than the programs would save.
 _ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=1",
     "OMP_NUM_THREADS": "1",
@@ -26,11 +26,12 @@ class TrainingRun:
     """One training run.
 
     Attributes:
-        name: of its workdir under OUTPUT/runs.
-        stage: which config: "sft" or "pretrain".
-        stories: which stories it is trained on, the name of a json in OUTPUT/world (sft).
-        fields: of the config, besides the seed.
-        start: the run whose parameters it starts from.
+        name: Name of its workdir under OUTPUT/runs.
+        seed: Seed of the config.
+        fields: Other fields of the config and their values.
+        stage: Config to use, "sft" or "pretrain".
+        stories: Stories to train on, as the name of a JSON file in OUTPUT/world (sft only).
+        start: Run whose parameters it starts from.
     """
 
     name: str
@@ -41,9 +42,11 @@ class TrainingRun:
     start: "TrainingRun | None" = None
 
     def workdir(self, output: Path) -> Path:
+        """Return the workdir."""
         return output / "runs" / self.name
 
     def command(self, output: Path) -> list[str]:
+        """Return the command that trains the run."""
         world = output / "world"
         fields = {
             "seed": self.seed,
@@ -59,12 +62,13 @@ class TrainingRun:
 
 
 def train(run: TrainingRun, output: Path) -> None:
-    """Trains to the end, from wherever an earlier try stopped; nothing happens where it is done.
+    """Train a run to its end, resuming an earlier attempt. A finished run is left alone.
 
-    Threads may ask for the same run, as a run's start may be a run of its own: one of them trains it.
+    Several threads may request the same run, because it may also be the start of another. One of them trains it, and
+    the others wait.
 
     Raises:
-        UserError: the run fails; its log is named.
+        UserError: The run fails. The message names its log.
     """
     with _LOCKS[run.workdir(output)]:
         if not (run.workdir(output) / "done").exists():
@@ -86,5 +90,5 @@ def _train(run: TrainingRun, output: Path) -> None:
         code = subprocess.run(run.command(output), stdout=file, stderr=file, env=environment, check=False).returncode
     if code or not stored_checkpoint.has_checkpoint(run.workdir(output)):
         last = log.read_text().strip().splitlines()[-1:]
-        raise UserError(f"run {run.name} failed ({''.join(last)}); see {log}, then start again: it goes on from there")
+        raise UserError(f"run {run.name} failed ({''.join(last)}); see {log}, then start again to resume it")
     (run.workdir(output) / "done").write_text(" ".join(run.command(output)) + "\n")

@@ -53,6 +53,7 @@ class Recoded(dict[int, np.ndarray]):
         self._recode = recode
 
     def __getitem__(self, scene: int) -> np.ndarray:
+        """Return the latents of a scene after a round trip through pixels."""
         return self._recode(super().__getitem__(scene))
 
 

@@ -1,13 +1,13 @@
-"""The story world: stories of which everything is known, some of it said in the captions and some never.
+"""The story world: stories whose properties are fully known, some stated in the captions and some never stated.
 
-A scene is two frames of 4 x 4 pixels. A square stands in the middle of a background, then it has moved.
+A scene has two frames of 4 x 4 pixels. A square is in the middle of a background, and then it has moved.
 
-    said, drawn anew for every scene       the square's colour (4) and the way it moves (4): "red left"
-    unsaid, one for the whole story        the background's palette (3) and its pattern (3)
+    said, drawn for each scene        the square's colour (4) and the direction of its move (4), such as "red left"
+    unsaid, the same for a story      the background's palette (3) and pattern (3)
 
-All of it is plain to see: the background has three quarters of the pixels, the square stands out from it in every
-palette. And nothing stands out from the rest: palettes are permutations of one triple of channels, all colours are
-equally far from grey, patterns have as many light pixels as dark ones. So no choice is easier to hit than another.
+All properties are clearly visible: the background covers three quarters of the pixels, and the square stands out in
+every palette. No value is easier to produce than another: palettes are permutations of one triple of channels, all
+colours are equally far from grey, and patterns have as many light pixels as dark ones.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ from jaxtyping import UInt8
 SIDE, NUM_FRAMES = 4, 2
 _ACTOR, _STEP = 2, 1  # pixels: side of the square, and how far it moves
 
-# In [-1, 1]. The words are single tokens of the tiny preset's vocabulary.
+# Values are in [-1, 1]. Each word is a single token of the tiny preset's vocabulary.
 COLOURS = {"red": (1, -1, -1), "yellow": (1, 1, -1), "white": (1, 1, 1), "black": (-1, -1, -1)}
 DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # rows, columns
 PALETTES = {"sea": (-0.5, 0.0, 0.5), "plum": (0.5, -0.5, 0.0), "moss": (0.0, 0.5, -0.5)}
 PATTERNS = ("rows", "columns", "checks")
-_CONTRAST = 0.35  # of a pattern, added to and taken from the palette's triple
+_CONTRAST = 0.35  # a pattern adds it to the palette's triple or subtracts it
 
 TEXT_TOKENS = 3  # colour, direction, end of text
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Unsaid:
-    """What holds for a whole story and no caption says."""
+    """The properties that are the same in a whole story and that no caption states."""
 
     palette: str
     pattern: str
@@ -40,29 +40,31 @@ class Unsaid:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Said:
-    """What a scene's caption says of it."""
+    """The properties that a scene's caption states."""
 
     colour: str
-    direction: str | None  # None: not seen, in a scene of one frame
+    direction: str | None  # None if a scene of one frame was read, which shows no direction
 
     @property
     def caption(self) -> str:
+        """Caption of the scene, such as "red left"."""
         return f"{self.colour} {self.direction}"
 
     def shows(self, prompt: "Said") -> bool:
-        """Whether all that is seen is as `prompt` says."""
+        """Return whether all visible properties are those of `prompt`."""
         return self.colour == prompt.colour and self.direction in (None, prompt.direction)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class WorldScene:
-    """The whole truth about one scene."""
+    """All properties of one scene."""
 
     unsaid: Unsaid
     said: Said
 
     @property
     def name(self) -> str:
+        """Name that identifies the scene, for its file."""
         return "-".join((*dataclasses.astuple(self.unsaid), *dataclasses.astuple(self.said)))
 
 
@@ -75,7 +77,7 @@ ALL_SCENES = tuple(WorldScene(*pair) for pair in itertools.product(ALL_UNSAID, A
 
 @functools.cache
 def render(scene: WorldScene) -> UInt8[np.ndarray, "f h w 3"]:
-    """The frames of a scene."""
+    """Draw the frames of a scene."""
     rows, columns = np.indices((SIDE, SIDE)) % 2
     light = {"rows": rows, "columns": columns, "checks": rows ^ columns}[scene.unsaid.pattern]
     background = np.array(PALETTES[scene.unsaid.palette]) + _CONTRAST * (2 * light[..., None] - 1)
@@ -89,12 +91,14 @@ def render(scene: WorldScene) -> UInt8[np.ndarray, "f h w 3"]:
 def draw_stories(
     seed: int, count: int, *, num_scenes: int = 3, unrelated: float = 0.0, distinct: bool = False
 ) -> list[WorldStory]:
-    """Stories drawn at random; the same for the same arguments.
+    """Draw random stories, which are the same for the same arguments.
 
     Args:
-        unrelated: share of the stories whose scenes have nothing in common, each with an unsaid part of its own.
-        distinct: no caption comes twice in a story, so that every prompt can be told from the others (only up to as
-            many scenes as there are captions).
+        seed: Seed of the random numbers.
+        count: Number of stories.
+        num_scenes: Number of scenes in a story.
+        unrelated: Share of the stories whose scenes are unrelated, each with its own unsaid properties.
+        distinct: Whether no caption occurs twice in a story. `num_scenes` must then not exceed the number of captions.
     """
     rng = np.random.default_rng([seed, num_scenes])
     stories = []

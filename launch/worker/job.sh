@@ -34,8 +34,10 @@ start() {
   fi
   mkdir -p "$folder"
   echo "$1" >"$JOBS/current"
-  # A session of its own: it outlives the ssh, and stop finds all of it as one group.
+  # A session of its own: it outlives the ssh, and stop finds all of it as one group. Whoever asks for the status before
+  # there is a group would take the job for lost.
   setsid nohup bash "$0" loop "$@" >"$folder/log" 2>&1 </dev/null &
+  while kill -0 $! 2>/dev/null && ! kill -0 -- -$! 2>/dev/null; do sleep 0.05; done
   echo $! >"$folder/pid"
 }
 
@@ -54,6 +56,7 @@ loop() {
     sleep "$RESTART_DELAY"
   done
   kill "$uploader"
+  wait "$uploader" || :
   finish "$folder" "$code"
 }
 
@@ -65,12 +68,21 @@ attempt() {
   "$PYTHON" -m "mask2dit_jax.$1" "${@:2}"
 }
 
+# Told to end, it ends the upload under way, so that no older log replaces the last one.
 keep_uploading() {
-  while sleep "$UPLOAD_EVERY"; do upload "$1/log" "worker_$number.log" || echo "the log cannot be uploaded"; done
+  local sleeper
+  trap 'kill "$sleeper" 2>/dev/null || :; exit 0' TERM
+  while :; do
+    sleep "$UPLOAD_EVERY" &
+    sleeper=$!
+    wait "$sleeper"
+    upload "$1/log" "worker_$number.log" || echo "the log cannot be uploaded"
+  done
 }
 
 finish() {
-  echo "$2" >"$1/exit"
+  echo "$2" >"$1/exit.new"
+  mv "$1/exit.new" "$1/exit" # whoever finds it finds the code in it
   upload "$1/log" "worker_$number.log" || :
   upload "$1/exit" "worker_$number.exit" || :
 }

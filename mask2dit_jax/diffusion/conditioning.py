@@ -1,8 +1,8 @@
-"""The segment-level conditional mask (paper, section 3.3): a timestep and a loss weight for every scene.
+"""The segment-level conditional mask (paper, section 3.3): a timestep and a loss weight per scene.
 
-An extension sample shows its first n-1 scenes clean, at t = 0, and is trained on its last scene alone (Eq. 2). Any
-other sample has all scenes at the same t and is trained on all of them (Eq. 3). The difference is data, (b, s)
-arrays, so one compiled step serves both, and the decision is made for each sample.
+An extension sample shows its first n-1 scenes clean, at t = 0, and trains on its last scene only (Eq. 2). Any other
+sample has all scenes at the same t and trains on all of them (Eq. 3). The difference is only data, arrays of shape
+(b, s), so that one compiled step serves both and each sample of a batch is decided separately.
 """
 
 import jax
@@ -31,14 +31,17 @@ def check_condition(condition: str) -> str:
 
 
 def draw_is_known(key: Array, batch: int, num_scenes: int, probability: float) -> Array:
-    """(b, s): with `probability` a sample is an extension sample, which knows all scenes but the last."""
+    """Draw which scenes each sample knows, (b, s).
+
+    With `probability` a sample is an extension sample, which knows all scenes except the last. Otherwise it knows none.
+    """
     is_extension = jax.random.bernoulli(key, probability, (batch, 1))
     is_context = np.arange(num_scenes) < num_scenes - 1
     return is_extension & is_context
 
 
 def scene_timesteps(timesteps: Ints[" b"], is_known: Array) -> Ints["b s"]:
-    """A sample's timestep for the scenes to denoise, 0 for those it knows."""
+    """Return the timestep of each scene: the sample's for scenes to denoise, 0 for known scenes."""
     return jnp.where(is_known, 0, timesteps[:, None])
 
 
@@ -52,7 +55,17 @@ def noisy_latents(
     layout: SceneLayout,
     condition: str,
 ) -> Floats["b f h w c"]:
-    """What the model sees: every scene noised at its timestep; known scenes exactly clean if `condition` says so."""
+    """Return the latents that the model sees.
+
+    Args:
+        schedule: Noise schedule.
+        latents: Clean latents.
+        noise: Standard normal noise.
+        timesteps: Timestep of each scene.
+        is_known: Whether a scene is known, (b, s).
+        layout: Scenes of the f latent frames.
+        condition: "clean" leaves known scenes exactly clean; "noised" noises them at their timestep, too.
+    """
     noisy = schedule.add_noise(latents, noise, timesteps[:, layout.frame_scenes])
     if check_condition(condition) == "noised":
         return noisy
@@ -62,9 +75,9 @@ def noisy_latents(
 def scene_losses(
     error: Floats["b f h w c"], is_known: Array, *, layout: SceneLayout
 ) -> tuple[Floats[""], Floats[" b"]]:
-    """Mean of `error` over all frames of the scenes to denoise: of each sample, and over the samples.
+    """Return the mean of `error` over the frames of the scenes to denoise, over all samples and for each sample.
 
-    A longer scene weighs as many times more as it has frames, so that equal scenes give the paper's plain mean.
+    A scene weighs in proportion to its number of frames, so scenes of equal length give the paper's plain mean.
     """
     weights = (~is_known)[:, layout.frame_scenes].astype(error.dtype)
     per_frame = error.mean(axis=(2, 3, 4))

@@ -1,13 +1,14 @@
-"""Classifier-free guidance, and its scale at every sampling step.
+"""Classifier-free guidance and its scale at each sampling step.
 
-"static" is the default: it is what the paper and the authors' examples sample with.
+"static" keeps the scale constant. It is the default of the authors' code.
 
-"dynamic" is meant to raise the scale along a cosine while sampling goes on. As released (and in diffusers) its
-progress is (steps - t) / steps with t the TIMESTEP, 0..999, where the number of steps left was surely meant. The
-argument of the cosine then runs to 1e6 (50 steps) or 1e12 (4 steps), and the scale jumps about within [1, 1 + scale]
-as if drawn by chance. It is kept under its name because results made with it can only be repeated with it; the numbers
-need Python doubles, so the table is made on the host. "dynamic_sound" is the same formula with progress = step / steps:
-the scale rises smoothly from 1 towards 1 + scale.
+"dynamic" is meant to raise the scale along a cosine during sampling. In the authors' code (and in diffusers), progress
+is (steps - t) / steps, where t is the TIMESTEP, 0..999; the number of remaining steps was surely meant. The argument of
+the cosine thus grows to 1e6 (50 steps) or 1e12 (4 steps), and the scale jumps seemingly at random within
+[1, 1 + scale]. It is available because results made with it can only be reproduced with it. Its values need double
+precision, so the table is made on the host.
+
+"dynamic_sound" is the same formula with progress = step / steps. The scale rises smoothly from 1 towards 1 + scale.
 """
 
 import math
@@ -20,17 +21,20 @@ from mask2dit_jax.errors import UserError
 
 
 def guide(uncond: Floats["*shape"], cond: Floats["*shape"], scale: int | float | Floats[""]) -> Floats["*shape"]:
-    """Goes `scale` times the way from the unconditional prediction to the conditional one; 1 gives `cond`."""
+    """Return uncond + scale * (cond - uncond). A scale of 1 gives `cond`."""
     return uncond + scale * (cond - uncond)
 
 
 def guidance_scales(kind: str, scale: int | float, timesteps: NpInts[" steps"]) -> NpFloats[" steps"]:
-    """The guidance scale of each sampling step, float64.
+    """Return the guidance scale of each sampling step, in float64.
 
     Args:
-        kind: "static", "dynamic" or "dynamic_sound", see the top of this file.
-        scale: the scale itself if static (6.0 in the paper); the rise above 1 if dynamic.
+        kind: "static", "dynamic" or "dynamic_sound"; see the module docstring.
+        scale: The scale itself if static (6.0 in the authors' code), the rise above 1 if dynamic.
         timesteps: `Sampler.timesteps`.
+
+    Raises:
+        UserError: `kind` is unknown.
     """
     steps = len(timesteps)
     match kind:

@@ -1,0 +1,1 @@
+"""Files, paths and caches, local or in a bucket."""

@@ -1,4 +1,4 @@
-"""Writing a result so that nobody ever sees half of it."""
+"""Atomic output files: a reader never sees a file that is only partly written."""
 
 import contextlib
 import os
@@ -15,9 +15,13 @@ from mask2dit_jax.io.paths import is_remote
 
 @contextlib.contextmanager
 def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a local file to write. After the block it appears at `path` (local or gs://) in one move; if the block or
-    the move fails, whatever was at `path` before stays. Missing folders are made. Of several processes that write the
-    same `path` at once, the last one's file stays.
+    """Yield a local file to write, and move it to `path` in one step when the block ends.
+
+    If the block or the move fails, the old content of `path` stays. Missing folders are created. If several processes
+    write the same `path` at once, the last one wins.
+
+    Args:
+        path: A local or gs:// path.
 
     Raises:
         UserError: `path` cannot be written.
@@ -30,18 +34,24 @@ def atomic_output(path: str | os.PathLike) -> Iterator[Path]:
         if not isinstance(error, OSError) and not is_no_answer(error):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}; choose an output that can be written") from error
+        raise UserError(f"cannot write {path}: {reason}; choose a writable output") from error
 
 
 def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
-    """Removes what writers of `name` (or of any file) in `folder` left behind that were killed; none may be at work."""
+    """Delete the partial files in `folder` that killed writers of `name` (or of any file) left behind.
+
+    No writer may be active.
+    """
     for partial in epath.Path(folder).glob(f".????????.{name}"):
         partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _moved(path: epath.Path) -> Iterator[Path]:
-    """Beside `path`, so that nothing is copied; the hidden name ends like it, as some writers go by the ending."""
+    """Write beside `path`, so that the move copies nothing.
+
+    The hidden name keeps the suffix of `path`, because some writers choose a format by it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{uuid.uuid4().hex[:8]}.{path.name}"
     try:
@@ -55,7 +65,7 @@ def _moved(path: epath.Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _uploaded(path: epath.Path) -> Iterator[Path]:
-    """In a bucket an object appears when all of it is there."""
+    """Write to a temporary file and upload it. An object in a bucket appears only once its upload is complete."""
     with tempfile.TemporaryDirectory() as folder:
         yield (local := Path(folder, path.name))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Paths that may lie in a bucket (gs://)."""
+"""Paths that may be local or in a bucket (gs://)."""
 
 import os
 from pathlib import Path
@@ -9,10 +9,14 @@ ASSETS = Path(__file__).parents[1] / "assets"  # what ships with the package: th
 
 
 def is_remote(path: str | os.PathLike) -> bool:
+    """Return whether `path` is a URL such as gs://BUCKET/FOLDER."""
     return "://" in os.fspath(path)
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-    """As Orbax wants its folders. `epath.Path.absolute` takes gs://BUCKET for a folder of the working directory."""
+    """Return an absolute path, as Orbax requires.
+
+    `epath.Path.absolute` cannot be used for a remote path, because it treats gs://BUCKET as a local relative path.
+    """
     path = epath.Path(path)
     return path if is_remote(path) else path.absolute()

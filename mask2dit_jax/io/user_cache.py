@@ -1,7 +1,7 @@
-"""What a run leaves on disk so that the next one starts sooner. All of it can be deleted at any time.
+"""The user's cache, which makes later runs start sooner. It can be deleted at any time.
 
-~/.cache/mask2dit_jax/compiled    XLA's programs; JAX_COMPILATION_CACHE_DIR names another place, gs:// too
-~/.cache/mask2dit_jax/prompts     text embeddings of prompts that have been sampled before
+~/.cache/mask2dit_jax/compiled    programs compiled by XLA; JAX_COMPILATION_CACHE_DIR sets another folder, local or gs://
+~/.cache/mask2dit_jax/prompts     text embeddings of prompts that were sampled before
 """
 
 import os
@@ -12,18 +12,18 @@ from etils import epath
 
 
 def user_cache(name: str) -> epath.Path:
-    """A folder under the user's cache (XDG_CACHE_HOME, else ~/.cache); it need not exist yet."""
+    """Return the folder `name` in the user's cache (XDG_CACHE_HOME or ~/.cache). It need not exist yet."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return epath.Path(root).expanduser() / "mask2dit_jax" / name
 
 
 def keep_compiled_programs() -> None:
-    """Call before anything is compiled. What took a second or more to compile is read back by later runs.
+    """Turn on JAX's persistent compilation cache. Call this before anything is compiled.
 
-    The key is XLA's own (program, options, versions, devices), so a program that changes is compiled again.
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    JAX stores programs that took a second or more to compile. Its key covers the program, compiler options, versions
+    and devices, so a changed program is compiled again. JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(user_cache("compiled")))
     if jax.config.jax_enable_compilation_cache:
-        logging.info("compiled programs are kept in %s", jax.config.jax_compilation_cache_dir)
+        logging.info("compilation cache: %s", jax.config.jax_compilation_cache_dir)

@@ -1,4 +1,4 @@
-"""A whole story on one picture: a row a scene, with its prompt and some of its frames."""
+"""A storyboard, which shows a whole story in one picture: a row per scene, with its prompt and some of its frames."""
 
 import bisect
 import os
@@ -15,19 +15,19 @@ from mask2dit_jax.io.atomic import atomic_output
 
 _PAPER, _INK, _MUTED, _RULE = "#fbfaf7", "#1f2328", "#77706a", "#e2ddd4"
 _MARGIN, _GAP, _ROW_GAP = 36, 8, 28
-_FRAME_BOX = 256, 160  # wider or higher ones would make the page so large that its text becomes small
+_FRAME_BOX = 256, 160  # larger frames would make the page so large that its text becomes too small
 _LEAST_WIDTH = 760
 _TITLE_SIZE, _TEXT_SIZE, _LINE_HEIGHT = 20, 17, 25
 _MOST_PROMPT_LINES = 4
 
 
 class StoryboardScene(NamedTuple):
-    """One row.
+    """One row of a storyboard.
 
     Attributes:
-        prompt: what the scene was made from.
-        frames: its frames, uint8 RGB `f h w 3`; sizes may differ from scene to scene.
-        label: a remark beside the scene's number, such as "extended from scenes 2-3".
+        prompt: Text that the scene was made from.
+        frames: RGB frames. Their size may differ between scenes.
+        label: Remark beside the scene's number, such as "extended from scenes 2-3".
     """
 
     prompt: str
@@ -36,12 +36,17 @@ class StoryboardScene(NamedTuple):
 
 
 def write_storyboard(path: str | os.PathLike, scenes: Sequence[StoryboardScene], frames_per_scene: int = 5) -> None:
-    """Writes a PNG: for each scene its number and label, its prompt, and frames spaced evenly from first to last.
+    """Write a PNG that shows each scene's number, label, prompt, and frames spaced evenly from first to last.
 
-    Frames are scaled to one readable size. Prompts of more than four lines end in an ellipsis.
+    All frames are scaled to one readable size. Prompts of more than four lines end in an ellipsis.
+
+    Args:
+        path: Output, local or gs://.
+        scenes: Scenes of the story, in order.
+        frames_per_scene: Maximum number of frames in a row.
 
     Raises:
-        UserError: no scenes, a scene without frames, or a path that cannot be written.
+        UserError: There are no scenes, a scene has no frames, or `path` cannot be written.
     """
     if not scenes:
         raise UserError(f"cannot write {path}: a storyboard needs at least one scene")
@@ -56,7 +61,7 @@ def write_storyboard(path: str | os.PathLike, scenes: Sequence[StoryboardScene],
 
 
 def _strip(frames: UInt8[np.ndarray, "f h w 3"], count: int) -> Image.Image:
-    """Frames side by side, the first and the last among them."""
+    """Put evenly spaced frames side by side, including the first and the last."""
     chosen = np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))
     pictures = [Image.fromarray(frames[i]) for i in chosen]
     pictures = [ImageOps.contain(picture, _FRAME_BOX, Image.Resampling.LANCZOS) for picture in pictures]
@@ -75,7 +80,7 @@ def _row(number: int, scene: StoryboardScene, strip: Image.Image, width: int) ->
     row = Image.new("RGB", (width, strip_top + strip.height), _PAPER)
     draw = ImageDraw.Draw(row)
     title = f"Scene {number}"
-    draw.text((0, _TITLE_SIZE), title, _INK, title_font, anchor="ls", stroke_width=0.4)  # stroked: there is no bold
+    draw.text((0, _TITLE_SIZE), title, _INK, title_font, anchor="ls", stroke_width=0.4)  # the font has no bold
     draw.text((title_font.getlength(title) + 14, _TITLE_SIZE), _drawable(scene.label), _MUTED, text_font, anchor="ls")
     for i, line in enumerate(lines):
         draw.text((0, text_top + i * _LINE_HEIGHT + _TEXT_SIZE), line, _INK, text_font, anchor="ls")
@@ -97,13 +102,13 @@ def _stack(rows: Sequence[Image.Image], width: int) -> Image.Image:
 
 
 def _drawable(text: str) -> str:
-    """Without accents and long dashes, which the font that Pillow brings along lacks (other scripts become boxes)."""
+    """Replace accented letters and long dashes, which Pillow's own font lacks. Other scripts are drawn as boxes."""
     plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return "".join("-" if unicodedata.category(c) == "Pd" else c for c in plain)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Breaks text into lines no wider than `width` pixels; what does not fit into the last line becomes an ellipsis."""
+    """Break text into lines of at most `width` pixels. An ellipsis replaces the rest after the last line."""
     lines = [""]
     for word in _words(text, font, width):
         longer = f"{lines[-1]} {word}".lstrip()
@@ -118,7 +123,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _words(text, font, width) -> Iterator[str]:
-    """The words; one that is wider than a line comes in pieces."""
+    """Yield the words of `text`, and a word wider than a line in pieces."""
     for word in text.split():
         while font.getlength(word) > width:
             too_long = bisect.bisect_right(range(len(word)), width, key=lambda end: font.getlength(word[:end]))

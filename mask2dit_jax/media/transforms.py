@@ -1,4 +1,4 @@
-"""The frame transform of training: resize the short side, crop the centre, scale to [-1, 1]."""
+"""The frame transform of training: resize by the short side, crop the centre, scale to [-1, 1]."""
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -6,12 +6,16 @@ from PIL import Image
 
 
 def fit_frames(frames: UInt8[np.ndarray, "f h w 3"], size: tuple[int, int]) -> Float32[np.ndarray, "f _h _w 3"]:
-    """Frames of any size as the VAE takes them.
+    """Convert frames of any size to the input of the VAE.
 
-    The SHORT side becomes the smaller side of `size` (height, width), then the centre is cut out, as in the authors'
-    Resize + CenterCrop + Normalize. One thing differs: where the resized frame would not cover `size` (a frame less
-    oblong than the target) theirs pads with black bars, which a model would learn to draw; here it is enlarged until it
-    covers. Bilinear with antialiasing, on 8 bits.
+    The SHORT side is resized to the smaller side of `size`, and the centre is cropped, as in the Resize + CenterCrop +
+    Normalize of the authors' code. One thing differs. If the resized frame would not cover `size` (because it is less
+    oblong than the target), theirs pads with black bars, which a model would learn to draw. Here, the frame is enlarged
+    until it covers `size`. Resizing is bilinear with antialiasing, in 8 bits.
+
+    Args:
+        frames: RGB frames.
+        size: Height and width of the result in pixels.
     """
     height, width = resized_shape(frames.shape[1:3], size)
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
@@ -23,7 +27,7 @@ def fit_frames(frames: UInt8[np.ndarray, "f h w 3"], size: tuple[int, int]) -> F
 
 
 def resized_shape(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width that frames of `shape` are resized to before `size` is cut out of their centre."""
+    """Return the height and width to which frames of `shape` are resized before the crop to `size`."""
     height, width = shape
     short, long = min(size), int(min(size) * max(shape) / min(shape))
     resized = (short, long) if height <= width else (long, short)

@@ -1,4 +1,4 @@
-"""Videos one after the other in one file, without coding them again: the story is its scenes, bit for bit."""
+"""Concatenation of videos without encoding them again, so that a story equals its scenes bit for bit."""
 
 import contextlib
 import os
@@ -12,12 +12,16 @@ from mask2dit_jax.io.atomic import atomic_output
 
 
 def join_videos(path: str | os.PathLike, parts: Sequence[str | os.PathLike]) -> None:
-    """Writes the frames of `parts` (local or gs://), which `write_video` made at one size and rate, into one mp4.
+    """Concatenate videos that `write_video` wrote with the same size and frame rate into one mp4.
 
-    Memory does not grow with the number of frames.
+    Memory use does not grow with the number of frames.
+
+    Args:
+        path: Output, local or gs://.
+        parts: Videos, local or gs://.
 
     Raises:
-        UserError: a part is damaged, or was coded in another way than the first; or `path` cannot be written.
+        UserError: A part is damaged or encoded differently from the first, or `path` cannot be written.
     """
     delay = max(_delay(part) for part in parts)
     with atomic_output(path) as local, av.open(local, "w", format="mp4", options={"movflags": "+faststart"}) as whole:
@@ -30,11 +34,11 @@ def join_videos(path: str | os.PathLike, parts: Sequence[str | os.PathLike]) -> 
                     stream.time_base = video.time_base
                     header = video.codec_context.extradata
                 if video.codec_context.extradata != header:
-                    raise UserError(f"{part} is not coded like {parts[0]}; delete it, and it is written again")
+                    raise UserError(f"{part} is not encoded like {parts[0]}; delete it to have it written again")
                 for packet in container.demux(video):
                     if packet.size:
-                        # In the order of decoding frames are one tick apart. Their own times of decoding would collide
-                        # where videos meet: a video of one or two frames has no delay for frames out of order.
+                        # Space the frames one tick apart in decoding order. Their own decoding times would collide at
+                        # the joins, because a video of one or two frames has no delay for reordered frames.
                         packet.dts = (number - delay) * packet.duration
                         packet.pts += start
                         packet.stream = stream
@@ -44,7 +48,7 @@ def join_videos(path: str | os.PathLike, parts: Sequence[str | os.PathLike]) -> 
 
 
 def _delay(part: str | os.PathLike) -> int:
-    """Frames that a decoder reads ahead before it shows the first."""
+    """Return the number of frames that a decoder reads ahead before it shows the first."""
     with _open(part) as container:
         first = next(packet for packet in container.demux(container.streams.video[0]) if packet.size)
         return (first.pts - first.dts) // first.duration
@@ -57,5 +61,5 @@ def _open(part: str | os.PathLike) -> Iterator[av.container.InputContainer]:
             file = opened.enter_context(epath.Path(part).open("rb"))
             container = opened.enter_context(av.open(file))
         except (av.FFmpegError, OSError) as error:
-            raise UserError(f"{part}: cannot be read ({error.strerror}); delete it, and it is written again") from error
+            raise UserError(f"{part}: cannot be read ({error.strerror}); delete it to have it written again") from error
         yield container

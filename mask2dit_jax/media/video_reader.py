@@ -1,4 +1,4 @@
-"""Reading video files, frame by frame and exactly, through PyAV."""
+"""Exact frame-by-frame reading of video files through PyAV."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,14 @@ _REMEDY = "replace the file or remove it from the data"
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds, as it is shown: `width` and `height` in pixels after its rotation, `duration` in seconds."""
+    """The properties of a video as it is displayed.
+
+    Attributes:
+        num_frames: Number of frames that are shown.
+        width: Width in pixels after rotation.
+        height: Height in pixels after rotation.
+        fps: Average frame rate.
+    """
 
     num_frames: int
     width: int
@@ -27,17 +34,19 @@ class VideoInfo:
 
     @property
     def duration(self) -> float:
+        """Duration in seconds."""
         return float(self.num_frames / self.fps)
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Counts the frames that are really in the file (its packets are read, only its first frame is decoded).
+    """Return the properties of a video, with the number of frames that are really in the file.
 
-    The count in a file's header is only a promise: of a file cut short it says too much, of one with an edit list it
-    includes frames that are never shown, and some containers have none.
+    This reads all packets but decodes only the first frame. The count in the header is not reliable: it is too large
+    for a truncated file, it includes frames that an edit list hides, and some containers have none.
 
     Raises:
-        UserError: the file is missing, empty, no video, has no picture stream, or ends before what its header promises.
+        UserError: The file is missing, empty, not a video, has no video stream, or has fewer frames than its header
+            promises.
     """
     with _open(path) as (container, stream):
         discarded = [packet.is_discard for packet in container.demux(stream) if packet.size]
@@ -46,16 +55,16 @@ def probe(path: str | Path) -> VideoInfo:
         fps = stream.average_rate or stream.guessed_rate
         num_frames = discarded.count(False)
     if not fps or not num_frames:
-        raise UserError(f"{path}: holds no moving picture; {_REMEDY}")
+        raise UserError(f"{path}: has no moving picture; {_REMEDY}")
     height, width, _ = read_frames(path, [0])[0].shape
     return VideoInfo(num_frames, width, height, fps)
 
 
 def iter_frames(path: str | Path) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Every frame in the order of showing, as RGB, turned upright where the file asks for it; one at a time in memory.
+    """Yield all frames in display order, as RGB, rotated as the file specifies. Holds one frame at a time in memory.
 
     Raises:
-        UserError: as `probe`; or a frame cannot be decoded.
+        UserError: The file cannot be opened (see `probe`), or a frame cannot be decoded.
     """
     with _open(path) as (container, stream):
         stream.thread_type = "AUTO"
@@ -64,14 +73,16 @@ def iter_frames(path: str | Path) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
 
 
 def read_frames(path: str | Path, indices: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]:
-    """The frames `indices`, in that order; only they are kept while the file is decoded up to the last of them.
+    """Return the frames `indices`, in that order.
+
+    The file is decoded up to the last of them. Only the requested frames are kept in memory.
 
     Raises:
-        UserError: as `iter_frames`; or an index is negative or beyond the last frame.
+        UserError: See `iter_frames`; or an index is negative or beyond the last frame.
     """
     wanted = set(indices)
     if not wanted or min(wanted) < 0:
-        raise UserError(f"{path}: frame indices must be given and not be negative, not {list(indices)}")
+        raise UserError(f"{path}: frame indices must not be empty or negative, but are {list(indices)}")
     frames = itertools.islice(iter_frames(path), max(wanted) + 1)
     kept, num_frames = {}, 0
     for num_frames, frame in enumerate(frames, start=1):
@@ -84,7 +95,7 @@ def read_frames(path: str | Path, indices: Sequence[int]) -> UInt8[np.ndarray, "
 
 @contextlib.contextmanager
 def _open(path: str | Path):
-    """The container and its first video stream; whatever FFmpeg stumbles over in there is one line for the user."""
+    """Yield the container and its first video stream. Turns FFmpeg's errors in the block into a UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; correct the path in the data")
     if not Path(path).stat().st_size:

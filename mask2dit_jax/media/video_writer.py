@@ -1,4 +1,4 @@
-"""Frames -> mp4."""
+"""Writing of frames to mp4 files."""
 
 import itertools
 import os
@@ -14,27 +14,28 @@ from tqdm import tqdm
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import atomic_output
 
-# Small frames show every artefact, so quality is spent freely: x264 is visually lossless from about 17 down.
-# A player that is not told all three of a picture's colours guesses all of them, by the size of the picture.
+# Small frames show every artefact, so the quality is high: x264 is visually lossless from about crf 17 down.
+# Unless a file states all three of its colour properties, a player guesses all of them from the frame size.
 _COLOURS = "colorprim=bt709:transfer=bt709:colormatrix=bt709"
 _ENCODER = {"crf": "16", "preset": "medium", "x264-params": _COLOURS}
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[UInt8[np.ndarray, "h w 3"]], fps: int | float) -> None:
-    """Writes RGB frames as H.264 (yuv420p, BT.709, index at the front): what every player and browser opens.
+    """Write RGB frames as H.264 (yuv420p, BT.709, index at the front), which every player and browser opens.
 
-    H.264 with halved chroma needs an even size: an odd frame gets its last row or column twice. The file appears at
-    `path` (local or gs://) only when it is whole.
+    Halved chroma needs even sizes, so an odd frame repeats its last row or column. The file appears at `path` only once
+    it is complete.
 
     Args:
-        frames: of one size: an array (f h w 3), or frames that are made while they are written.
-        fps: frames a second.
+        path: Output, local or gs://.
+        frames: Frames of one size, as an array (f h w 3) or an iterable that makes them on demand.
+        fps: Frames per second.
 
     Raises:
-        UserError: no frames, an fps that is not positive, or a path that cannot be written.
+        UserError: There are no frames, `fps` is not positive, or `path` cannot be written.
     """
     if not fps > 0:
-        raise UserError(f"cannot write {path}: fps must be positive, not {fps}")
+        raise UserError(f"cannot write {path}: fps must be positive, but is {fps}")
     frames = iter(frames)
     first = next(frames, None)
     if first is None or not first.size:

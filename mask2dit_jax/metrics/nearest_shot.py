@@ -1,4 +1,4 @@
-"""Which training shot a sampled scene looks most like: the demo's proof that a prompt got its own scene."""
+"""The distance between a sampled scene and training shots, with which the demo proves that a prompt got its scene."""
 
 from collections.abc import Mapping
 
@@ -9,12 +9,12 @@ Frames = UInt8[np.ndarray, "_f h w 3"]
 
 
 def shot_distance(scene: Frames, shot: Frames, stride: int) -> float:
-    """Root mean square difference, in grey levels (0..255), at the best start of the scene within the shot.
+    """Return the RMS difference in grey levels (0..255) at the best start of the scene within the shot.
 
     Args:
         scene: n frames.
-        shot: all frames of a shot, at the same size; the scene is held against every n frames `stride` apart. A
-            stride that does not fit the shot is lowered.
+        shot: All frames of a shot, in the same size. The scene is compared with every run of n frames.
+        stride: Distance between the frames of such a run. It is lowered if the shot is too short for it.
     """
     count = len(scene)
     stride = max(1, min(stride, (len(shot) - 1) // max(count - 1, 1)))
@@ -28,6 +28,6 @@ def shot_distance(scene: Frames, shot: Frames, stride: int) -> float:
 
 
 def distances(scene: Frames, shots: Mapping[str, Frames], stride: int) -> dict[str, float]:
-    """Distance of one scene to every shot, nearest first."""
+    """Return the distance of one scene to each shot by name, nearest first."""
     found = {name: shot_distance(scene, frames, stride) for name, frames in shots.items()}
     return dict(sorted(found.items(), key=lambda item: item[1]))

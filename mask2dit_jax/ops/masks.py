@@ -1,7 +1,7 @@
-"""The symmetric binary attention mask, v1..v5 (paper, section 3.2 and Fig. 2): one predicate each.
+"""The symmetric binary attention masks v1..v5 (paper, section 3.2 and Fig. 2), one predicate each.
 
-A predicate says whether a query may attend to a key, given the scene and the kind (text or video) of both. Two
-scenes, one text and one video token each, in the order T1 T2 V1 V2 (rows are queries, # = may attend):
+A predicate says whether a query may attend to a key, given the scene and the kind (text or video) of both. The masks
+of two scenes with one text and one video token each, in the order T1 T2 V1 V2 (rows are queries, # = may attend):
 
          v1       v2       v3       v4       v5
     T1   #.#.     #.#.     ###.     #.##     ####
@@ -9,8 +9,8 @@ scenes, one text and one video token each, in the order T1 T2 V1 V2 (rows are qu
     V1   #.#.     #.##     #.##     ####     ####
     V2   .#.#     .###     .###     ####     ####
 
-v1 is n text-video pairs in one batch, v2 the default, v5 no mask at all. The dense bias, the grouped form and any
-kernel are derived from the predicates and from nothing else.
+v1 treats the n scenes as independent text-video pairs, v2 is the default, and v5 masks nothing. The dense bias, the
+grouped form and the kernels are all derived from these predicates.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from mask2dit_jax.layout import SceneLayout, Segment
 
 
 class Side(NamedTuple):
-    """Scene and kind of the tokens on one side of a pair: scalars, or arrays that broadcast against the other side."""
+    """Scene and kind of the tokens on one side of a pair. Scalars, or arrays that broadcast against the other side."""
 
     scene: Any
     is_text: Any
@@ -54,27 +54,36 @@ PREDICATES: dict[str, Predicate] = {
 
 
 def predicate(mask: str) -> Predicate:
+    """Return the predicate of mask "v1" to "v5".
+
+    Raises:
+        UserError: There is no such mask.
+    """
     if mask not in PREDICATES:
         raise UserError(f"mask {mask!r} does not exist; choose one of {', '.join(PREDICATES)}")
     return PREDICATES[mask]
 
 
 def dense_mask(mask: str, layout: SceneLayout) -> Bool[np.ndarray, "l l"]:
-    """The whole mask, rows queries and columns keys. For the dense path and the tests: it is S x S."""
+    """Return the whole mask, with queries as rows and keys as columns.
+
+    Its size is quadratic in the number of tokens, so only dense attention and the tests use it.
+    """
     scene, is_text = layout.token_scenes, layout.token_is_text
     return predicate(mask)(Side(scene[:, None], is_text[:, None]), Side(scene[None, :], is_text[None, :]))
 
 
 def segment_allows(mask: str, query: Segment, key: Segment) -> bool:
-    """Whether the tokens of one segment may attend to those of another."""
+    """Return whether the tokens of segment `query` may attend to those of segment `key`."""
     sides = (Side(np.asarray(s.scene), np.asarray(s.is_text)) for s in (query, key))
     return bool(predicate(mask)(*sides))
 
 
 def key_runs(mask: str, layout: SceneLayout, query: Segment) -> tuple[slice, ...]:
-    """The keys that a query segment may attend to, as the fewest runs of tokens of one kind, text or video.
+    """Return the keys that a query segment may attend to, as the fewest runs of tokens of one kind (text or video).
 
-    Runs end where the texts end, so that the run of all video keys is the same for every scene and needs no copy.
+    No run crosses the end of the texts, so that the run of all video keys is the same slice for every scene and needs
+    no copy.
     """
     runs = []
     for key in layout.segments:
@@ -88,7 +97,7 @@ def key_runs(mask: str, layout: SceneLayout, query: Segment) -> tuple[slice, ...
 
 
 def allowed_pairs(mask: str, layout: SceneLayout) -> int:
-    """Pairs of tokens that the mask allows."""
+    """Return the number of (query, key) pairs of tokens that the mask allows."""
     segments = layout.segments
     return sum(
         (query.stop - query.start) * (key.stop - key.start)

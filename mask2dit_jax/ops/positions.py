@@ -1,8 +1,8 @@
 """Positions of video tokens: 3D RoPE (5B) and the interpolated 3D sin-cos table (2B).
 
-Both are sums or products of one small table an axis (frame, row, column), which are NumPy and float64 until the end;
-the token-sized arrays are broadcast inside jit, so that no constant of that size is ever compiled in.
-The frame index runs on over all scenes (it is not restarted), and text tokens carry no position.
+Both are made from one small table per axis (frame, row, column). These tables are NumPy arrays in float64. The arrays
+with a row per token are broadcast from them inside jit, so that the program contains no constant of that size.
+The frame index continues across scenes; it does not restart. Text tokens have no position.
 """
 
 import jax.numpy as jnp
@@ -17,9 +17,16 @@ CropRegion = tuple[tuple[int, int], tuple[int, int]]
 
 
 def crop_region(grid: tuple[int, int], base: tuple[int, int]) -> CropRegion:
-    """The region ((top, left), (bottom, right)) of the base grid that `grid` fills when scaled to fit inside it.
+    """Return the region of the base grid that `grid` fills when it is scaled to fit inside it.
 
-    Rounds half to even, as Python does (reference: get_resize_crop_region_for_grid of the authors' pipeline).
+    Rounds half to even, as Python does. Source: get_resize_crop_region_for_grid in the authors' code.
+
+    Args:
+        grid: Rows and columns of tokens.
+        base: Rows and columns of the base grid.
+
+    Returns:
+        ((top, left), (bottom, right)) in units of the base grid.
     """
     (height, width), (base_height, base_width) = grid, base
     if height / width > base_height / base_width:
@@ -31,11 +38,13 @@ def crop_region(grid: tuple[int, int], base: tuple[int, int]) -> CropRegion:
 
 
 def rope_angles(layout: SceneLayout, base: tuple[int, int], head_dim: int) -> Floats["v half"]:
-    """Rotation angle of every video token and channel pair (v = video tokens, half = head_dim / 2).
+    """Return the rotation angle in radians of each video token (v) and channel pair (half = head_dim / 2).
 
-    Channels of a head: 1/4 for the frame, 3/8 for the row, 3/8 for the column. Rows and columns are not integers: the
-    grid is stretched over its crop region of the base grid, without the end (reference: get_3d_rotary_pos_embed of
-    diffusers 0.30; later versions stop short of the end another way, and differ where the region does not start at 0).
+    A quarter of a head's channels encode the frame, 3/8 the row and 3/8 the column. Rows and columns are fractional,
+    because the grid is stretched over its crop region of the base grid, whose end is excluded.
+
+    Source: get_3d_rotary_pos_embed of diffusers 0.30. Later versions exclude the end in another way; their angles
+    differ where the region does not start at 0.
     """
     (top, left), (bottom, right) = crop_region(layout.grid, base)
     rows, columns = layout.grid
@@ -52,7 +61,7 @@ def _axis_angles(positions, dim: int) -> Float[np.ndarray, "n half"]:
 
 
 def _over_tokens(frame, row, column) -> Floats["v d"]:
-    """Channels [frame, row, column] of every token of the frames x rows x columns grid, in token order."""
+    """Return the channels [frame, row, column] of each token of the frames x rows x columns grid, in token order."""
     shape = (len(frame), len(row), len(column))
     tables = (frame[:, None, None], row[None, :, None], column[None, None, :])
     tables = [jnp.broadcast_to(jnp.asarray(t, jnp.float32), (*shape, t.shape[-1])) for t in tables]
@@ -60,14 +69,14 @@ def _over_tokens(frame, row, column) -> Floats["v d"]:
 
 
 def rope_table(layout: SceneLayout, base: tuple[int, int], head_dim: int) -> tuple[Floats["l half"], Floats["l half"]]:
-    """cos and sin for every token. Text tokens get cos 1 and sin 0: exactly no rotation."""
+    """Return the cosine and sine of each token's angles. Text tokens get 1 and 0, so they are not rotated at all."""
     angles = rope_angles(layout, base, head_dim)
     angles = jnp.pad(angles, ((layout.num_text_tokens, 0), (0, 0)))
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Floats["b l k m"], table: tuple[Floats["l half"], Floats["l half"]]) -> Floats["b l k m"]:
-    """Rotates the interleaved channel pairs (0, 1), (2, 3), ... of every head; in fp32, returned in x's dtype."""
+    """Rotate the interleaved channel pairs (0, 1), (2, 3), ... of each head. Computes in fp32; keeps the dtype of x."""
     cos, sin = (t[:, None, :] for t in table)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
@@ -82,15 +91,24 @@ def sincos_table(
     spatial_scale: float,
     temporal_scale: float,
 ) -> Floats["v d"]:
-    """The 2B position of every video token: the (frames, rows, columns) base table, interpolated linearly.
+    """Return the 2B model's position of each video token (v): a base table, interpolated linearly.
 
-    Reference: CogVideoXPatchEmbed of the authors' code. The base table of ONE scene is stretched in time over n scenes
-    (T0 -> n * T0 positions) and then cut to the frames there are, so the scenes of a layout with shorter scenes do not
-    start at multiples of T0. Scenes of unequal length follow each other the same way: positions run on, as those of
-    RoPE do, and a scene may be longer than T0 where others are shorter. Channels: 1/4 frame, 3/8 column, 3/8 row.
+    The base table covers ONE scene of T0 latent frames. It is stretched in time to n * T0 positions for n scenes and
+    then cut to the layout's frames. If scenes are shorter than T0, they therefore do not start at multiples of T0.
+    Scenes of unequal length follow each other without gaps, as with RoPE, so a scene may be longer than T0 if others
+    are shorter. The channels are 1/4 frame, 3/8 column, 3/8 row.
+
+    Source: CogVideoXPatchEmbed in the authors' code.
+
+    Args:
+        layout: Scenes and token grid.
+        base: Frames (T0), rows and columns of the base table.
+        dim: Number of channels.
+        spatial_scale: Divides rows and columns.
+        temporal_scale: Divides frames.
 
     Raises:
-        UserError: see `check_table`.
+        UserError: The scenes are longer than the table; see `check_table`.
     """
     base_frames, base_rows, base_columns = base
     check_table(layout, base_frames)
@@ -102,16 +120,20 @@ def sincos_table(
 
 
 def check_table(layout: SceneLayout, base_frames: int) -> None:
-    """Raises UserError if the scenes together are longer than n times the base's: the table has no such position."""
+    """Check that the n scenes together have at most n * base_frames latent frames, for which the table has positions.
+
+    Raises:
+        UserError: The scenes are too long.
+    """
     if layout.num_frames > layout.num_scenes * base_frames:
         raise UserError(
-            f"scenes of {layout.frames} latent frames are longer than the {base_frames} a scene that this model's "
-            "position table has (sample_frames of its config.json); use shorter scenes or a RoPE model"
+            f"scenes of {layout.frames} latent frames are longer than the {base_frames} per scene in this model's "
+            "position table (sample_frames of its config.json); use shorter scenes or a RoPE model"
         )
 
 
 def _frame_column_row(frame, column, row) -> Floats["v d"]:
-    """Token order is frame, row, column, but the channels of the column come before those of the row."""
+    """Return the channels [frame, column, row] of each token. The order of the tokens is still frame, row, column."""
     tokens = _over_tokens(frame, row, column)
     split = (frame.shape[-1], frame.shape[-1] + row.shape[-1])
     return jnp.concatenate([tokens[:, : split[0]], tokens[:, split[1] :], tokens[:, split[0] : split[1]]], axis=-1)
@@ -123,7 +145,7 @@ def _axis_sincos(positions, dim: int) -> Float[np.ndarray, "n dim"]:
 
 
 def _interpolate(table: Float[np.ndarray, "n d"], length: int) -> Float[np.ndarray, "length d"]:
-    """Linear, half-pixel centres, no antialiasing when it shrinks (torch align_corners=False)."""
+    """Interpolate linearly as torch does with align_corners=False: half-pixel centres, no antialiasing."""
     at = np.maximum((np.arange(length) + 0.5) * len(table) / length - 0.5, 0)
     low = np.floor(at).astype(int)
     high = np.minimum(low + 1, len(table) - 1)

@@ -1,6 +1,6 @@
-"""The one door through which several processes become one JAX program: a TPU pod, or processes told by variables.
+"""Join several processes into one JAX program: those of a TPU pod, or those that environment variables introduce.
 
-It must be passed before anything asks JAX for its devices: from then on a process knows only its own.
+A process must join before anything asks JAX for devices, because from then on it knows only its own.
 """
 
 import contextlib
@@ -18,16 +18,20 @@ from jax.experimental import multihost_utils
 
 from mask2dit_jax.errors import UserError, leave_at_once
 
-# For processes that nothing announces to each other: on one machine, or on several without TPUs.
+# For processes that nothing introduces to each other: on one machine, or on several without TPUs.
 VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
 def initialize(timeout_s: int = 300, *, sigterm_is_asked_for: bool = False) -> None:
-    """Joins the other processes of this run, if there are any; a second call does nothing.
+    """Join the other processes of this run, if there are any; a second call does nothing.
 
     Args:
-        timeout_s: how long to wait for the others.
-        sigterm_is_asked_for: SIGTERM ends nothing; whoever says so looks for it (training/stopping.py).
+        timeout_s: seconds to wait for the others.
+        sigterm_is_asked_for: whether the caller polls for SIGTERM (training/stopping.py), so that it ends nothing by
+            itself.
+
+    Raises:
+        UserError: the variables contradict each other, or the others cannot be reached.
     """
     if jax.distributed.is_initialized():
         return
@@ -52,7 +56,11 @@ def initialize(timeout_s: int = 300, *, sigterm_is_asked_for: bool = False) -> N
 
 
 def gather_json(mine: Any) -> list[Any]:
-    """What JSON can hold, of every process, in their order and the same on each; they wait for each other."""
+    """Return the JSON values that all processes passed, in the order of the processes; they wait for each other.
+
+    Args:
+        mine: what this process contributes, anything that JSON can hold.
+    """
     text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
     padded = np.zeros(sizes.max(), np.uint8)
@@ -63,9 +71,14 @@ def gather_json(mine: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def exit_after(seconds: int, message: str) -> Iterator[None]:
-    """Ends the process with one line if the block takes longer: inside the runtime, no exception would reach it."""
+    """End the process with one line if the block takes longer; no exception would reach it inside the runtime.
 
-    def leave():
+    Args:
+        seconds: how long the block may take.
+        message: what to print after "error: ".
+    """
+
+    def leave() -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -79,14 +92,20 @@ def exit_after(seconds: int, message: str) -> Iterator[None]:
 
 
 def _on_pod() -> bool:
-    """JAX puts "tpu" into its platforms where it finds chips and libtpu; a host that names itself alone is alone."""
+    """Return whether this host is one of several of a TPU pod.
+
+    JAX puts "tpu" into its platforms where it finds chips and libtpu. A host whose list names one host is alone.
+    """
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
     alone = bool(hosts) and "," not in hosts and not os.environ.get("MEGASCALE_COORDINATOR_ADDRESS")
     return "tpu" in (jax.config.jax_platforms or "") and not alone
 
 
 def _number_of_pod() -> int | None:
-    """Of this process, from where JAX keeps it: to ask for it would start the devices, which may be what fails."""
+    """Return the number of this process from where JAX keeps it.
+
+    `jax.process_index` would start the devices, which may be what fails, and jax.distributed offers no other way.
+    """
     try:
         from jax._src.distributed import global_state
     except ImportError:

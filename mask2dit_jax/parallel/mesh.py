@@ -1,9 +1,9 @@
-"""The device mesh. Programs run under `jax.set_mesh(make_mesh(...))`; whoever places an array names these axes.
+"""The device mesh and its axes. Programs run under `jax.set_mesh(make_mesh(...))`.
 
-data     samples, parameters replicated: the axis between slices (DCN), where little may be exchanged
-fsdp     samples, parameters sharded
-context  tokens of one sample; parameters are sharded over it as well, so that no chip idles with a copy
-tensor   heads, and hidden units of the feed-forward layers
+data     shards samples and replicates parameters; lies between slices (DCN), where bandwidth is low
+fsdp     shards samples and parameters
+context  shards the tokens of a sample, and parameters too, so that no chip stores a redundant copy
+tensor   shards heads and the hidden units of feed-forward layers
 """
 
 import math
@@ -17,28 +17,29 @@ from jax.sharding import AxisType, Mesh
 from mask2dit_jax.errors import UserError
 
 DATA, FSDP, CONTEXT, TENSOR = AXES = ("data", "fsdp", "context", "tensor")
-BATCH = (DATA, FSDP)  # samples
-WEIGHTS = (FSDP, CONTEXT)  # the large axis of a parameter
+BATCH = (DATA, FSDP)  # shard the samples
+WEIGHTS = (FSDP, CONTEXT)  # shard the large axis of a parameter
 
 
 def make_mesh(
     sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None, batch_size: int = 1
 ) -> Mesh:
-    """A mesh of all devices, neighbours on it being neighbours on the chips' torus.
+    """Build a mesh of all devices, in which neighbours are neighbours on the chips' torus.
 
     Args:
-        sizes: devices along each axis. 0 (or an absent axis) leaves the choice to `choose_sizes`.
-        devices: of this machine or pod if not given; those of a topology to compile for it.
-        batch_size: samples of a step, all devices together; only the choice of sizes depends on it.
+        sizes: Number of devices along each axis. `choose_sizes` chooses a size that is 0 or absent.
+        devices: Devices of the mesh. Defaults to all devices of this machine or pod; to compile for a topology, pass
+            the topology's devices.
+        batch_size: Samples per step on all devices together. It affects only the chosen sizes.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices, or data does not split over the slices.
+        UserError: The sizes do not multiply to the number of devices, or data does not divide over the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     num_slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     shape = choose_sizes(dict(sizes or {}), len(devices), num_slices, batch_size)
     if shape[DATA] % num_slices:
-        raise UserError(f"mesh.data={shape[DATA]} does not split over {num_slices} slices; use a multiple of that")
+        raise UserError(f"mesh.data={shape[DATA]} does not split over {num_slices} slices; use a multiple of it")
     per_slice = [size // num_slices if axis == DATA else size for axis, size in shape.items()]
     if num_slices > 1:
         between = [num_slices if axis == DATA else 1 for axis in shape]
@@ -51,12 +52,12 @@ def make_mesh(
 
 
 def local_mesh(tiles: tuple[int, int] = (1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of this process's devices, for what it computes by itself.
+    """Build a mesh of this process's devices, for work that it does without the other processes.
 
     Args:
-        tiles: rows and columns of an image; as many devices as divide them take a band of rows each (context), and of
-            columns (tensor). The others are there for parameters alone (fsdp).
-        devices: those of a topology to compile for it.
+        tiles: Rows and columns of an image. As many devices as divide them share the rows (context) and the columns
+            (tensor). The remaining devices only shard parameters (fsdp).
+        devices: Devices of the mesh, by default all local ones; to compile for a topology, pass the topology's devices.
     """
     devices = list(jax.local_devices() if devices is None else devices)
     rows = math.gcd(len(devices), tiles[0])
@@ -65,16 +66,25 @@ def local_mesh(tiles: tuple[int, int] = (1, 1), devices: Sequence[jax.Device] | 
 
 
 def choose_sizes(sizes: dict[str, int], num_devices: int, num_slices: int, batch_size: int) -> dict[str, int]:
-    """Fills in the sizes that are 0: a slice is one step along data, samples go over fsdp, what is left over context.
+    """Choose the sizes that are 0: data = number of slices, then fsdp as the samples allow, and context for the rest.
 
-    So each chip has whole samples as long as there are enough of them, and parameters are sharded over all chips.
+    Each chip thus has whole samples as long as there are enough of them, and parameters are sharded over all chips.
+
+    Args:
+        sizes: Number of devices along each axis, 0 or absent to be chosen.
+        num_devices: Number of devices in all slices.
+        num_slices: Number of slices.
+        batch_size: Samples per step on all devices together.
+
+    Raises:
+        UserError: An axis does not exist, a size is negative, or the sizes do not multiply to `num_devices`.
     """
     unknown = set(sizes) - set(AXES)
     if unknown:
-        raise UserError(f"a mesh has no axis {sorted(unknown)[0]!r}; its axes are {', '.join(AXES)}")
+        raise UserError(f"a mesh has no axis {sorted(unknown)[0]!r}; use {', '.join(AXES)}")
     chosen = dict.fromkeys(AXES, 0) | sizes
     if min(chosen.values()) < 0:
-        raise UserError(f"mesh {_text(chosen)}: a size is at least 1, or 0, which leaves it to be chosen")
+        raise UserError(f"mesh {_text(chosen)}: a size must be at least 1, or 0 to be chosen automatically")
     chosen[DATA] = chosen[DATA] or num_slices
     chosen[TENSOR] = chosen[TENSOR] or 1
 
@@ -93,11 +103,16 @@ def choose_sizes(sizes: dict[str, int], num_devices: int, num_slices: int, batch
 def sizes_for_any_length(
     sizes: dict[str, int], num_devices: int, batch_size: int, parts: Sequence[int], num_heads: int
 ) -> dict[str, int]:
-    """As `choose_sizes`, for samples whose scenes may have any length: tokens are split no further than always works.
+    """Choose sizes for samples whose scenes may have any length.
+
+    Like `choose_sizes`, but context only shards tokens as far as always divides; tensor takes the remaining devices.
 
     Args:
-        parts: tokens that samples are made of, such as those of a text and of a latent frame.
-        num_heads: they take the devices that tokens cannot.
+        sizes: Number of devices along each axis, 0 or absent to be chosen.
+        num_devices: Number of devices.
+        batch_size: Samples per step on all devices together.
+        parts: Numbers of tokens that samples consist of, such as those of a text and of a latent frame.
+        num_heads: Number of attention heads, which tensor shards.
     """
     chosen = choose_sizes(sizes, num_devices, 1, batch_size)
     if sizes.get(CONTEXT) or sizes.get(TENSOR):
@@ -111,19 +126,28 @@ def _text(sizes: Mapping[str, int]) -> str:
 
 
 def check_batch(batch_size: int, mesh: Mesh, num_parts: int = 1) -> None:
-    """Each of `num_parts` parts of the batch must divide over the devices."""
+    """Check that each of `num_parts` parts of the batch divides over the devices.
+
+    Raises:
+        UserError: It does not.
+    """
     shares = mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]]
     if batch_size % num_parts:
-        raise UserError(f"global_batch_size={batch_size} is no multiple of accumulate_steps={num_parts}")
+        raise UserError(f"global_batch_size={batch_size} is not a multiple of accumulate_steps={num_parts}")
     if batch_size // num_parts % shares:
         parts = f" / accumulate_steps={num_parts}" if num_parts > 1 else ""
         raise UserError(
             f"global_batch_size={batch_size}{parts} does not divide over mesh.data x mesh.fsdp = {shares}; use a "
-            f"multiple of {shares * num_parts}, or give mesh.context more of the devices"
+            f"multiple of {shares * num_parts}, or give more of the devices to mesh.context"
         )
 
 
 def check_tokens(num_tokens: int, mesh: Mesh) -> None:
+    """Check that the tokens of a sample divide over context.
+
+    Raises:
+        UserError: They do not.
+    """
     shares = mesh.shape[CONTEXT]
     if num_tokens % shares:
         raise UserError(
@@ -133,6 +157,9 @@ def check_tokens(num_tokens: int, mesh: Mesh) -> None:
 
 
 def platform() -> str:
-    """What the program is compiled for: the mesh's devices, which may be those of a topology, else the default."""
+    """Return the platform that the program is compiled for, such as "tpu".
+
+    It is that of the current mesh, which may consist of a topology's devices, or JAX's default without a mesh.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform

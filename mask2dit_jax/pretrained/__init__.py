@@ -1,0 +1,1 @@
+"""Stored weights: opening, reading, writing and running the frozen encoders."""

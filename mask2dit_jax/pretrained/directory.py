@@ -1,12 +1,12 @@
-"""The components of a pretrained directory: what they are called, which class they are, where their weights lie.
+"""The components of a pretrained directory: their names, their classes, and where their weights are.
 
     DIR/transformer/   config.json  diffusion_pytorch_model*.safetensors
     DIR/vae/           config.json  diffusion_pytorch_model*.safetensors
     DIR/text_encoder/  config.json  model*.safetensors
     DIR/tokenizer/     DIR/scheduler/scheduler_config.json
 
-is a diffusers directory, as CogVideoX and Mask2DiT are released. A component folder may hold `params/` (Orbax, our own
-layout) in place of the safetensors: what `port_weights` makes, read without any transposing.
+is a diffusers directory, the form in which CogVideoX and Mask2DiT are released. Instead of safetensors, a component
+folder may hold `params/` (Orbax, our own layout), which `port_weights` writes and which is read without transposing.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ from mask2dit_jax.pretrained.safetensors import load_state, open_weights, read_j
 
 PARAMS = "params"
 ORIGIN = "origin.txt"  # beside ported parameters
-_ENDS = 1 << 20
-COPIED = ("tokenizer", "scheduler")  # folders without weights: the same in every layout
+_ENDS = 1 << 20  # bytes
+COPIED = ("tokenizer", "scheduler")  # folders without weights, which are the same in every layout
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 
@@ -73,17 +73,22 @@ COMPONENTS = {
 
 
 def has_weights(directory: epath.PathLike, name: str) -> bool:
+    """Return whether the component's folder holds weights in either layout."""
     folder = epath.Path(directory) / name
     return (folder / PARAMS).exists() or (folder.exists() and any(folder.glob("*.safetensors*")))
 
 
 def has_parameters(name: str, config) -> bool:
-    """Whether a component of this config has parameters at all: the lossless codec has none."""
+    """Return whether a component with this config has parameters at all; the lossless codec has none."""
     return bool(jax.tree.leaves(COMPONENTS[name].module(config)))
 
 
 def load_config(directory: epath.PathLike, name: str):
-    """The component's config, from its config.json."""
+    """Read the component's config from its config.json.
+
+    Raises:
+        UserError: the directory or the file is missing, or the file is damaged.
+    """
     directory = epath.Path(directory)
     if not directory.exists():
         raise UserError(f"pretrained directory {directory} does not exist; give the directory that holds {name}/")
@@ -91,14 +96,22 @@ def load_config(directory: epath.PathLike, name: str):
 
 
 def load_schedule(directory: epath.PathLike) -> ScheduleConfig:
+    """Read the noise schedule of a directory. Raises UserError if it is missing or damaged."""
     return ScheduleConfig.from_json(read_json(epath.Path(directory) / SCHEDULER_CONFIG))
 
 
 def load_component(directory: epath.PathLike, name: str, config, *, dtype=None, shardings=None) -> nnx.State:
-    """The component's parameters, on the devices of `shardings` (a tree like the state, or one for all; or none).
+    """Load the component's parameters.
 
     Args:
-        dtype: of the parameters, or by path; None keeps that of the file.
+        directory: that holds the component's folder.
+        name: of the component.
+        config: of the component.
+        dtype: of the parameters, or a mapping from their paths; None keeps that of the file.
+        shardings: a sharding for all parameters, or a state of shardings; None puts all on the first device.
+
+    Raises:
+        UserError: weights are missing or damaged, or do not match the config.
     """
     component, folder = COMPONENTS[name], epath.Path(directory) / name
     state = nnx.state(component.module(config))
@@ -115,12 +128,12 @@ def load_component(directory: epath.PathLike, name: str, config, *, dtype=None, 
 
 
 def _restore(folder: epath.Path, state, dtype, shardings) -> nnx.State:
-    """By the handler: Orbax's checkpointers wait for all processes, of which not all read."""
+    """Restore with the handler, because Orbax's checkpointers wait for all processes and not all of them read."""
     handler = ocp.StandardCheckpointHandler()
     stored = jax.tree.leaves(handler.metadata(absolute(folder)))
     leaves, tree = jax.tree.flatten(state)
     dtypes = [dtype[path] for path in flatten(state)] if isinstance(dtype, Mapping) else [dtype] * len(leaves)
-    here = SingleDeviceSharding(jax.local_devices()[0])  # said, as Orbax would look for the devices of the writer
+    here = SingleDeviceSharding(jax.local_devices()[0])  # otherwise Orbax looks for the devices of the writer
     places = jax.tree.leaves(shardings) if shardings is not None else [here] * len(leaves)
     targets = [
         jax.ShapeDtypeStruct(leaf.shape, wanted or entry.dtype, sharding=place)
@@ -130,14 +143,30 @@ def _restore(folder: epath.Path, state, dtype, shardings) -> nnx.State:
 
 
 def load_module(directory: epath.PathLike, name: str, *, dtype, param_dtype=None, shardings=None) -> nnx.Module:
-    """A component ready to run: computation in `dtype`, parameters kept in `param_dtype` (None: as stored)."""
+    """Load a component that is ready to run.
+
+    Args:
+        directory: that holds the component's folder.
+        name: of the component.
+        dtype: of the computation.
+        param_dtype: of the parameters; None keeps that of the file.
+        shardings: see `load_component`.
+    """
     config = load_config(directory, name)
     graph, _ = nnx.split(COMPONENTS[name].module(config, dtype=dtype))
     return nnx.merge(graph, load_component(directory, name, config, dtype=param_dtype, shardings=shardings))
 
 
 def save_diffusers(directory: epath.PathLike, name: str, config, params: nnx.State, *, dtype=None) -> None:
-    """Writes the component as diffusers (or transformers) reads it."""
+    """Write a component in the form that diffusers and transformers read.
+
+    Args:
+        directory: that gets the component's folder.
+        name: of the component.
+        config: of the component.
+        params: its parameters.
+        dtype: of the written parameters; None keeps that of `params`.
+    """
     component, folder = COMPONENTS[name], epath.Path(directory) / name
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.to_json())
@@ -145,10 +174,14 @@ def save_diffusers(directory: epath.PathLike, name: str, config, params: nnx.Sta
 
 
 def save_component(directory: epath.PathLike, name: str, config, params: nnx.State, ported_from: str) -> None:
-    """Writes the component in our own layout.
+    """Write a component in our own layout.
 
     Args:
-        ported_from: `origin` of where the parameters were ported from, which stays theirs.
+        directory: that gets the component's folder.
+        name: of the component.
+        config: of the component.
+        params: its parameters.
+        ported_from: `origin` of the folder that the parameters were ported from; it stays their origin.
     """
     folder = epath.Path(directory) / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +192,7 @@ def save_component(directory: epath.PathLike, name: str, config, params: nnx.Sta
 
 
 def fingerprint(directory: epath.PathLike, names: Iterable[str]) -> str:
-    """Tells apart directories whose components differ, and not those that hold the same, ported or not."""
+    """Hash components of a directory. The hash is the same for equal components, whether they were ported or not."""
     digest = hashlib.sha256()
     for name in sorted(names):
         digest.update(f"{name} {origin(epath.Path(directory) / name)}".encode())
@@ -167,9 +200,10 @@ def fingerprint(directory: epath.PathLike, names: Iterable[str]) -> str:
 
 
 def origin(folder: epath.Path) -> str:
-    """Of one component: a hash of every file's name, size and both ends, or what was written down when it was ported.
+    """Return what identifies one component: a hash of its files, or the origin that was recorded when it was ported.
 
-    Not of whole files: the text encoder alone has 10 GB or more, and weights that differ at all differ in their ends.
+    Hashes every file's name, size and both ends, not all of it: the text encoder alone has 10 GB or more, and weights
+    that differ also differ in their ends.
     """
     if (folder / ORIGIN).exists():
         return (folder / ORIGIN).read_text()
@@ -190,7 +224,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def copy_rest(source: epath.PathLike, target: epath.PathLike) -> list[str]:
-    """Copies the folders that hold no weights; returns the names of those that the source has."""
+    """Copy the folders that hold no weights, and return the names of those that the source has."""
     copied = []
     for name in COPIED:
         folder = epath.Path(source) / name

@@ -133,6 +133,7 @@ class Pretrained:
                 )
 
     def __str__(self):
+        """Name the directory of the frozen components."""
         return str(self.folder)
 
 

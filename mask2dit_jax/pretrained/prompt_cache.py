@@ -1,4 +1,4 @@
-"""Text embeddings on disk, a file a prompt, named by a hash of its tokens: a prompt is embedded once."""
+"""Text embeddings on disk, so that each prompt is embedded once. Files are named by a hash of the prompt's tokens."""
 
 import dataclasses
 import hashlib
@@ -15,16 +15,18 @@ from mask2dit_jax.io.atomic import atomic_output
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingCache:
-    """Attributes:
-    folder: of one text encoder in one precision; local or gs://.
-    shape: text tokens and width of every embedding.
+    """Embeddings of one text encoder in one precision.
+
+    Attributes:
+        folder: local or gs://; it need not exist yet.
+        shape: text tokens and width of every embedding.
     """
 
     folder: epath.Path
     shape: tuple[int, int]
 
     def read(self, ids: Int32[np.ndarray, " t"]) -> Float32[np.ndarray, "t x"] | None:
-        """None if it is not there; what cannot be read is said, and counts as not there."""
+        """Return the embedding of token ids, or None if it is missing. Logs a damaged file, which counts as missing."""
         path = self._path(ids)
         try:
             if not path.exists():
@@ -39,7 +41,10 @@ class EmbeddingCache:
         return found
 
     def write(self, ids: Int32[np.ndarray, " t"], embedding: Float32[np.ndarray, "t x"]) -> None:
-        """Whole or not at all. A disk that is full or read-only costs the next run time, and this one nothing."""
+        """Write an embedding, completely or not at all.
+
+        If the disk is full or read-only, this run goes on, and the next one has to embed the prompt again.
+        """
         try:
             with atomic_output(self._path(ids)) as partial:
                 partial.write_bytes(_as_npy(embedding))

@@ -1,7 +1,7 @@
-"""Weight files of a diffusers component folder: safetensors, one file or shards with an index, both ways.
+"""Read and write the weights of a diffusers component folder: one safetensors file, or shards with an index.
 
-Reading goes from the file mapping straight into the arrays of the model. The mapping is ours and not safetensors' own:
-`safe_open` checks every file, but hands out copies, and a stacked parameter would exist twice for a moment.
+Weights are read from a memory map straight into the arrays of the model. We map the files ourselves, because
+safetensors' `safe_open`, which checks every file, returns copies, and a stacked parameter would briefly exist twice.
 """
 
 import collections
@@ -30,13 +30,20 @@ from mask2dit_jax.models.port_rules import Rule, export, flatten, plan, unflatte
 NAMES = ("diffusion_pytorch_model", "model")  # of transformer and vae; of text_encoder
 _INDEX = ".safetensors.index.json"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-_ALIGNMENT = 64  # bytes; XLA on the CPU takes over a NumPy buffer without a copy only if it is aligned so
-_COLUMNS = 64  # copied at a time; transposing a large matrix at one go misses the cache at every element, 4x slower
+_ALIGNMENT = 64  # bytes; XLA on the CPU uses a NumPy buffer without copying only if it is aligned like this
+_COLUMNS = 64  # copied at a time; transposing a large matrix at once misses the cache at every element and is 4x slower
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file. Nothing is read before `view()` is indexed, and then only what is indexed."""
+    """One tensor of a safetensors file. Only what is indexed in `view()` is read.
+
+    Attributes:
+        file: that holds the tensor.
+        offset: of its data, in bytes.
+        shape: of the tensor.
+        dtype: of the tensor.
+    """
 
     file: Path
     offset: int
@@ -44,11 +51,12 @@ class StoredTensor:
     dtype: np.dtype
 
     def view(self) -> np.ndarray:
+        """Map the tensor into memory."""
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The object in a JSON file such as `config.json`. Raises UserError if it is missing or damaged."""
+    """Read the object in a JSON file such as `config.json`. Raises UserError if it is missing or damaged."""
     try:
         raw = json.loads(epath.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -63,16 +71,17 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 def write_json(path: str | os.PathLike, raw: Mapping) -> None:
-    """Writes what `read_json` reads, whole or not at all."""
+    """Write an object for `read_json`, completely or not at all."""
     with atomic_output(path) as local:
         local.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def open_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
-    """All tensors of a component folder (`transformer`, `vae`, `text_encoder`), by key, without reading their data.
+    """Return all tensors of a component folder (`transformer`, `vae`, `text_encoder`) by key; their data is not read.
 
-    Raises UserError for a folder that is missing, remote, empty or ambiguous, a missing or damaged shard, a damaged
-    index, and a tensor that the index promises but its shard lacks.
+    Raises:
+        UserError: the folder is missing, remote, empty or ambiguous, a shard is missing or damaged, the index is
+            damaged, or a shard lacks a tensor that the index lists.
     """
     folder = _local(folder)
     if not folder.is_dir():
@@ -107,7 +116,7 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
     for shard in sorted(set(weight_map.values())):
         if not (index.parent / shard).exists():
             raise UserError(f"shard {shard!r}, named by {index}, is missing; download it into the same folder")
-        # A tensor that the index does not list is kept: whether the model has a place for it is the table's question.
+        # A tensor that the index does not list is kept. The port table decides whether the model has a place for it.
         tensors |= {
             key: tensor for key, tensor in _open_file(index.parent / shard) if weight_map.get(key, shard) == shard
         }
@@ -145,21 +154,25 @@ def load_state(
     shardings=None,
     what: str = "checkpoint",
 ):
-    """Fills a model's state from a checkpoint, strictly (see `table.plan`).
+    """Load a model's state from safetensors, strictly (see `port_rules.plan`).
 
-    Host memory holds one copy of the parameters at most: each device's slice is read from the file mapping into the
+    Host memory holds at most one copy of the parameters: each device's slice is read from the memory map into the
     buffer that JAX then owns (on the CPU) or transfers. A process reads only what its own devices need.
 
     Args:
-        weights: from `open_weights`; in-memory arrays do as well.
-        abstract_state: NNX state whose leaves have `.shape`, as `nnx.eval_shape` gives it.
-        dtype: of all parameters, or by path; None keeps that of the file.
+        table: port table of the model.
+        weights: from `open_weights`, or arrays in memory.
+        abstract_state: NNX state whose leaves have `.shape`, such as `nnx.eval_shape` returns.
+        dtype: of all parameters, or a mapping from their paths; None keeps that of the file.
         shardings: state of the same structure with a `jax.sharding.Sharding` for each parameter; None puts all on the
             first device.
         what: name of the checkpoint in messages and in the progress bar.
 
     Returns:
         NNX state of jax arrays, for `nnx.update` or `nnx.merge`.
+
+    Raises:
+        UserError: a tensor is missing, is unknown, or has the wrong shape.
     """
     sources = collections.defaultdict(dict)
     for key, slot in plan(table, {key: tensor.shape for key, tensor in weights.items()}, abstract_state, what).items():
@@ -183,12 +196,12 @@ def _placement(abstract_state, shardings) -> dict[str, jax.sharding.Sharding]:
 
 
 def _common_dtype(source) -> np.dtype:
-    """Layers of one stacked parameter may be stored in several types."""
+    """Return the common type of a stacked parameter, whose layers may be stored in several types."""
     return functools.reduce(jnp.promote_types, (tensor.dtype for tensor, _ in source.values()))
 
 
 def _read_slice(source, shape, dtype, progress, index: tuple[slice, ...]) -> np.ndarray:
-    """One device's part of a parameter; the layout and the type change on the way from the mapping to the buffer."""
+    """Read one device's part of a parameter. Layout and type change on the way from the memory map to the buffer."""
     target = _aligned_empty([len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)], dtype)
     if None in source:
         _copy(target, source[None], index)
@@ -223,14 +236,21 @@ def save_weights(
     max_shard_bytes: int = 5 * 10**9,
     dtype=None,
 ) -> None:
-    """Writes a model's state as `name.safetensors`, or as shards with an index where it does not fit into one.
+    """Write a model's state as `name.safetensors`, or as shards with an index if it does not fit into one file.
 
-    One shard at a time is in memory. Files get their names when all are complete, the index last, so that a folder
-    left half-written does not pass for a whole one. Earlier weights of that name are replaced.
+    One shard at a time is in memory. Files are renamed when all are complete, the index last, so that a folder that is
+    half-written is never mistaken for a complete one. Earlier weights of that name are replaced.
 
     Args:
+        table: port table of the model.
+        state: the parameters.
+        folder: of the component, on a local disk.
         name: "diffusion_pytorch_model" (transformer, vae) or "model" (text encoder).
+        max_shard_bytes: size above which weights are split.
         dtype: of the tensors in the files; None keeps that of the state.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
     """
     folder = _local(folder)
     parts: list[tuple[Path, list[str]]] = []
@@ -239,7 +259,7 @@ def save_weights(
     def write_shard():
         parts.append((folder / f"{name}-{len(parts) + 1:05d}.tmp", list(shard)))
         save_file(shard, parts[-1][0], metadata={"format": "pt"})
-        parts[-1][0].chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+        parts[-1][0].chmod(folder.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
         shard.clear()
 
     try:
@@ -269,7 +289,7 @@ def _as_type(tensor: np.ndarray, dtype) -> np.ndarray:
 
 
 def _publish(folder: Path, name: str, parts: list[tuple[Path, list[str]]], total_size: int):
-    """Gives complete files their names; until the last line, the folder holds no weights that `open_weights` takes."""
+    """Rename complete files. Until the last line, `open_weights` finds no weights in the folder."""
     index, single = folder / f"{name}{_INDEX}", folder / f"{name}.safetensors"
     for stale in (index, single, *folder.glob(f"{name}-*-of-*.safetensors")):
         stale.unlink(missing_ok=True)

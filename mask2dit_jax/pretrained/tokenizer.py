@@ -1,4 +1,4 @@
-"""Prompts -> token ids, as CogVideoX makes them: end token, cut at a fixed length, padded to it, no attention mask."""
+"""Tokenize prompts as CogVideoX does: add an end token, cut or pad to a fixed length, use no attention mask."""
 
 import dataclasses
 import os
@@ -20,14 +20,16 @@ MAX_TOKENS = 226  # a scene's text tokens in every released CogVideoX
 
 
 def load_tokenizer(folder: str | os.PathLike) -> T5Tokenizer:
-    """Loads the `tokenizer/` of a diffusers directory, from a disk or a bucket. Raises UserError if it is missing or
-    damaged.
+    """Load the `tokenizer/` of a diffusers directory, from a disk or a bucket.
 
-    CogVideoX repositories hold `spiece.model` (and no `tokenizer.json`, which is read where there is one).
+    CogVideoX repositories hold `spiece.model`. A `tokenizer.json` is read where there is one.
+
+    Raises:
+        UserError: the folder is missing or damaged.
     """
     if not is_remote(folder):
         return _load_tokenizer(Path(folder))
-    with tempfile.TemporaryDirectory() as local:  # transformers opens files of a disk alone
+    with tempfile.TemporaryDirectory() as local:  # transformers only opens local files
         for file in epath.Path(folder).iterdir():
             file.copy(epath.Path(local) / file.name)
         return _load_tokenizer(Path(local))
@@ -35,7 +37,7 @@ def load_tokenizer(folder: str | os.PathLike) -> T5Tokenizer:
 
 def _load_tokenizer(folder: Path) -> T5Tokenizer:
     vocabulary = folder / "spiece.model"
-    # transformers would go on with an empty vocabulary where there is none, and guess at a damaged one.
+    # Without this check, transformers uses an empty vocabulary for a missing file, and guesses for a damaged one.
     if vocabulary.exists():
         _check_vocabulary(vocabulary)
     elif not (folder / "tokenizer.json").exists():
@@ -58,13 +60,19 @@ def _first_line(error: BaseException) -> str:
 
 
 def count_tokens(tokenizer: T5Tokenizer, prompts: Sequence[str]) -> list[int]:
-    """Tokens of each prompt before it is cut, the end token included."""
+    """Count the tokens of each prompt before it is cut, the end token included."""
     return [len(ids) for ids in _encode(tokenizer, prompts)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Tokens of a text (its end token included), how many of them a scene has room for, and the words beyond that."""
+    """How much of a text a scene has room for.
+
+    Attributes:
+        tokens: number of tokens of the text, the end token included.
+        limit: number of tokens that a scene has room for.
+        lost: the words beyond the limit.
+    """
 
     tokens: int
     limit: int
@@ -72,7 +80,7 @@ class Cut:
 
 
 def cut_prompts(tokenizer: T5Tokenizer, prompts: Sequence[str], max_tokens: int) -> list[Cut]:
-    """What `tokenize` will make of the prompts."""
+    """Return how `tokenize` would cut the prompts."""
     cuts = []
     for ids in _encode(tokenizer, prompts):
         lost = tokenizer.decode(ids[max_tokens - 1 : -1], skip_special_tokens=True) if len(ids) > max_tokens else ""
@@ -81,7 +89,7 @@ def cut_prompts(tokenizer: T5Tokenizer, prompts: Sequence[str], max_tokens: int)
 
 
 def shorten(text: str, most: int = 300) -> str:
-    """The beginning and the end of a text that is too long to read."""
+    """Return the beginning and the end of a text that is too long to read."""
     if len(text) <= most:
         return text
     half = most // 2
@@ -89,7 +97,7 @@ def shorten(text: str, most: int = 300) -> str:
 
 
 def tokenize(tokenizer: T5Tokenizer, prompts: Sequence[str], max_tokens: int = MAX_TOKENS) -> Int32[np.ndarray, "n t"]:
-    """Token ids of each prompt, padded to `max_tokens`. A prompt that is too long is cut, with a warning."""
+    """Return the token ids of each prompt, padded to `max_tokens`. Logs a warning for every prompt that is cut."""
     padded = np.full((len(prompts), max_tokens), tokenizer.pad_token_id, np.int32)
     for row, prompt, ids in zip(padded, prompts, _encode(tokenizer, prompts), strict=True):
         if len(ids) > max_tokens:

@@ -1,4 +1,4 @@
-"""Where a transformer comes from: a checkpoint of ours, or the transformer folder of a diffusers directory."""
+"""Where a transformer is stored: in one of our checkpoints, or in the transformer folder of a diffusers directory."""
 
 import dataclasses
 
@@ -21,18 +21,28 @@ WEIGHTS = ("auto", "ema", "params")
 
 @dataclasses.dataclass(frozen=True)
 class TransformerSource:
-    """Stored parameters of one transformer. Adapters of a LoRA run are merged into what they adapt."""
+    """Stored parameters of one transformer. Adapters of a LoRA run are merged into the weights they adapt.
 
-    folder: epath.Path  # one checkpoint's, or the directory that holds transformer/
+    Attributes:
+        folder: of one checkpoint, or the directory that holds transformer/.
+        is_checkpoint: whether it is a checkpoint.
+        is_ema: whether these are the moving average of the parameters.
+    """
+
+    folder: epath.Path
     is_checkpoint: bool
-    is_ema: bool = False  # the moving average of the parameters
+    is_ema: bool = False
 
     @classmethod
     def find(cls, path: epath.PathLike, weights: str = "auto") -> "TransformerSource | None":
-        """Looks into a workdir, a checkpoint or a diffusers directory; None if it has no transformer.
+        """Look for a transformer; None if there is none.
 
         Args:
-            weights: "ema", "params", or "auto": the average where there is one.
+            path: a workdir, a checkpoint or a diffusers directory.
+            weights: "ema", "params", or "auto", the moving average where there is one.
+
+        Raises:
+            UserError: the average is asked for, and the checkpoint has none.
         """
         if stored_checkpoint.has_checkpoint(path):
             folder = stored_checkpoint.find(path)
@@ -46,6 +56,7 @@ class TransformerSource:
 
     @classmethod
     def require(cls, path: epath.PathLike, weights: str = "auto") -> "TransformerSource":
+        """Look for a transformer as `find` does. Raises UserError if there is none."""
         source = cls.find(path, weights)
         if source is None:
             raise UserError(
@@ -66,16 +77,16 @@ class TransformerSource:
         return port.fingerprint(self.folder, parts)
 
     def load(self, abstract: nnx.State) -> nnx.State:
-        """The parameters, in the dtypes and on the shardings of `abstract`."""
+        """Load the parameters with the dtypes and shardings of `abstract`."""
         if self.is_checkpoint:
             return self._load_checkpoint(abstract)
         placed = jax.tree.leaves(abstract)[0].sharding is not None
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract) if placed else None
-        dtypes = {path: leaf.dtype for path, leaf in flatten(abstract).items()}  # what is frozen may have another
+        dtypes = {path: leaf.dtype for path, leaf in flatten(abstract).items()}  # frozen parameters may have another
         return port.load_component(self.folder, "transformer", self.config(), dtype=dtypes, shardings=shardings)
 
     def stored(self) -> nnx.State:
-        """The parameters as they are stored, on the first device, whatever mesh they were written from."""
+        """Load the parameters with their stored dtypes onto the first device, whatever mesh wrote them."""
         if not self.is_checkpoint:
             return port.load_component(self.folder, "transformer", self.config())
         abstract = nnx.state(port.COMPONENTS["transformer"].module(self.config()))
@@ -93,7 +104,7 @@ class TransformerSource:
             params = stored_checkpoint.load_params(self.folder, abstract)
         elif not jax.tree.leaves(others):
             params = stored_checkpoint.load_params(self.folder, trained, "ema")
-        else:  # what did not train has no average
+        else:  # parameters that did not train have no average
             params = stored_checkpoint.load_params(self.folder, abstract)
             params = nnx.merge_state(params, stored_checkpoint.load_params(self.folder, trained, "ema"))
         adapters = self._adapters()
@@ -120,6 +131,7 @@ class TransformerSource:
         return nnx.merge_state(abstract, adapters)
 
     def __str__(self):
+        """Name the folder, and say whether it is the moving average."""
         return f"{self.folder}{' (moving average)' if self.is_ema else ''}"
 
 

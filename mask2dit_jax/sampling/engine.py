@@ -40,6 +40,9 @@ from mask2dit_jax.story.given import check_given, read_given
 from mask2dit_jax.story.plan import StoryPlan
 from mask2dit_jax.story.store import fingerprints
 from mask2dit_jax.story.story import Story
+from mask2dit_jax.story.windows import Window
+
+Latents = MutableMapping  # scene number -> (f h w c); unparameterised, or beartype would read a value to check its type
 
 
 def sampling_config(config: SampleConfig) -> SamplingConfig:
@@ -74,7 +77,7 @@ class FinishedScene:
 
     number: int
     _engine: "StoryEngine"
-    _latents: MutableMapping[int, np.ndarray]
+    _latents: Latents
 
     @property
     def latents(self) -> NpFloats["f h w c"]:
@@ -219,7 +222,7 @@ class StoryEngine:
         plan: StoryPlan,
         seed: int | None = None,
         *,
-        latents: MutableMapping[int, np.ndarray] | None = None,
+        latents: Latents | None = None,
         progress: Progress = no_progress,
     ) -> Iterator[FinishedScene]:
         """Make the scenes of a story, and yield each as soon as its latents are done.
@@ -254,7 +257,7 @@ class StoryEngine:
         for chunk in self._codec.decode_chunks(latents):
             yield from chunk
 
-    def _generate_windows(self, plan: StoryPlan, key: Array, latents, progress: Progress):
+    def _generate_windows(self, plan: StoryPlan, key: Array, latents: Latents, progress: Progress) -> Iterator[Window]:
         self.embed([plan])
         scenes = plan.story.scenes
         text = np.stack([self._texts[scene.prompt] for scene in scenes])
@@ -272,7 +275,7 @@ class StoryEngine:
             progress=progress,
         )
 
-    def _encode_given(self, plan: StoryPlan, key: Array, latents, progress: Progress) -> None:
+    def _encode_given(self, plan: StoryPlan, key: Array, latents: Latents, progress: Progress) -> None:
         """Encode one scene at a time, because the frames of a scene are large."""
         key = jax.random.fold_in(key, 2**31 - 1)
         missing = [number for number in range(plan.story.num_given) if number not in latents]

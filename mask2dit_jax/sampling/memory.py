@@ -1,4 +1,4 @@
-"""What sampling needs of memory, from sizes alone."""
+"""The memory that sampling needs, computed from sizes alone."""
 
 import dataclasses
 
@@ -16,11 +16,18 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class SamplingMemory:
-    """Bytes, over all devices together, except `host`.
+    """Bytes over all devices together.
 
-    Counted are parameters, and of activations the largest that a block of the transformer has at once: two copies of
-    the residual stream and the hidden units of its feed-forward layer. Not counted are the workspace of attention, of
-    the VAE and what XLA adds: `train_compile` says what a program really takes on a TPU.
+    Activations are the largest that a block of the transformer holds at once: two copies of the residual stream and the
+    hidden units of its feed-forward layer. The workspace of attention and of the VAE, and whatever XLA adds, are not
+    counted; `train_compile` reports what a program really takes on a TPU.
+
+    Attributes:
+        text_encoder: its parameters.
+        transformer: its parameters.
+        vae: its parameters.
+        activations: of the largest window.
+        latents_on_disk: of a whole story.
     """
 
     text_encoder: int
@@ -41,10 +48,15 @@ class SamplingMemory:
         copies: int,
         latent_bytes: int,
     ) -> "SamplingMemory":
-        """
+        """Compute the memory from sizes.
+
         Args:
+            model: sizes of the transformer.
+            vae: sizes of the VAE.
+            text_encoder: sizes of the text encoder.
             layout: of the largest window.
-            copies: predictions made at once: 2 with guidance.
+            dtype: of parameters and activations.
+            copies: predictions made at once, 2 with guidance.
             latent_bytes: of a whole story.
         """
         size = np.dtype(dtype).itemsize
@@ -57,7 +69,7 @@ class SamplingMemory:
         )
 
     def lines(self, num_devices: int) -> list[str]:
-        """In words, a device; parameters and tokens are spread over the devices, but for the VAE's parameters."""
+        """Describe the memory of one device. Everything but the VAE's parameters is spread over the devices."""
         text_encoder, transformer, activations = (
             value / num_devices for value in (self.text_encoder, self.transformer, self.activations)
         )

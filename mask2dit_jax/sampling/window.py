@@ -53,6 +53,7 @@ class SamplingConfig:
     condition: str = "noised"
 
     def __post_init__(self):
+        """Check the condition."""
         conditioning.check_condition(self.condition)
 
     @property

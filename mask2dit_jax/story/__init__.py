@@ -1,0 +1,1 @@
+"""Stories: files, plans and what is left of them on disk."""

@@ -1,4 +1,4 @@
-"""Reading a story file.
+"""Story files.
 
     title: A fox in winter
     style: Hand-painted film, soft morning light.       # in front of every prompt
@@ -9,13 +9,13 @@
       - given: den.png                                  # a clip or a picture that is this scene; relative to the file
         prompt: Actor1 sleeps in the den.
       - given: walk.mp4
-        start: 12.5                                     # seconds into the clip; without it, its beginning
+        start: 12.5                                     # seconds into the clip; default: 0
         prompt: Actor1 stretches.
       - prompt: Actor1 steps out into the snow.
         seconds: 3
-      - Actor1 runs along the frozen river.             # nothing but a prompt
+      - Actor1 runs along the frozen river.             # just a prompt
 
-Every fault is one line that names the file, the line and the remedy.
+Every error is one line that names the file, the line in it and the remedy.
 """
 
 import difflib
@@ -35,19 +35,20 @@ _KINDS = {"str": "a text", "int": "a number", "float": "a number", "bool": "yes 
 
 
 def read_story(path: str | Path, negative: str = "") -> Story:
-    """The story of a file. What it says of paths is relative to its folder.
+    """Read a story from a file. Paths in the file are relative to its folder.
 
     Args:
-        negative: the negative prompt of scenes that nothing in the file gives one.
+        path: of the file.
+        negative: negative prompt of scenes for which the file has none.
 
     Raises:
-        UserError: any fault in the file.
+        UserError: the file is missing or has an error.
     """
     return _Reader(Path(path)).story(negative)
 
 
 class _Reader:
-    """Turns YAML nodes, which know their lines, into values."""
+    """Turns YAML nodes into values. Nodes know their lines, so every error can name one."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -94,7 +95,7 @@ class _Reader:
         return Actors(looks)
 
     def _scene(self, node: yaml.Node, actors: Actors, style: str, negative: str) -> Scene:
-        """A mapping, or a prompt alone."""
+        """Read a scene, which is a mapping or just a prompt."""
         is_prompt = isinstance(node, yaml.ScalarNode)
         fields = {"prompt": node} if is_prompt else self._mapping(node, "a scene", SCENE_KEYS)
         if "prompt" not in fields:
@@ -104,7 +105,7 @@ class _Reader:
         if "start" in fields and (not given or is_picture(given)):
             raise self._fault(fields["start"], "start is a place in a given clip, and there is none; remove the key")
         return Scene(
-            prompt=f"{style} {prompt}".strip(),  # in front, where it is never what a prompt that is too long loses
+            prompt=f"{style} {prompt}".strip(),  # the style comes first: a prompt that is too long loses its end
             negative=self._text(fields["negative"], "negative") if "negative" in fields else negative,
             seconds=self._seconds(fields["seconds"]) if "seconds" in fields else None,
             given=given,
@@ -129,7 +130,7 @@ class _Reader:
                 logging.warning("%s: actor %s is never used", self._where(look), name)
 
     def _mapping(self, node: yaml.Node, what: str, keys: tuple[str, ...] = ()) -> dict[str, yaml.Node]:
-        """Raises for a key that is not one of `keys` (if there are any), or comes twice."""
+        """Read a mapping. Raises for a duplicate key, and for one that is not in `keys` unless that is empty."""
         if not isinstance(node, yaml.MappingNode):
             raise self._fault(node, f"{what} must be keys with values, such as `key: value`, not {_kind(node)}")
         fields = {}
@@ -189,7 +190,7 @@ def _kind(node: yaml.Node) -> str:
 
 
 def _number(node: yaml.Node) -> float:
-    """Not a number (NaN) if it is none."""
+    """Return the number, or NaN if the node is not one."""
     return float(yaml.safe_load(node.value)) if _kind(node) == "a number" else math.nan
 
 
@@ -198,7 +199,7 @@ def _value(node: yaml.Node) -> str:
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> str:
-    """What is wrong and what most likely helps: YAML's own words help nobody who writes a story."""
+    """Say what is wrong and what most likely helps, since YAML's own messages help no writer of stories."""
     problem = error.problem or "no YAML"
     if "'\\t'" in problem:
         return "a tab indents the line; indent with spaces"

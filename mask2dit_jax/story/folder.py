@@ -1,4 +1,4 @@
-"""What a story leaves behind in its folder, written as soon as it can be.
+"""The output folder of a story. Every file is written as soon as it can be.
 
 story.mp4  scene_01.mp4 ...  storyboard.png  index.html  run.json  latents/scene_01.npz ...
 """
@@ -35,10 +35,13 @@ class StoryFolder:
     """One story in one folder.
 
     Attributes:
-        plan: what is made, and `text` the same in words.
+        folder: local or gs://.
+        plan: of the story.
+        text: the plan as a table to read.
+        size: height and width of the frames.
         scenes: the latents, in `latents/`.
-        display: names how frames are made from latents; scenes shown in another way are shown again.
-        run: what is needed to repeat the run.
+        display: says how frames are made from latents; scenes that were shown in another way are shown again.
+        run: what it takes to repeat the run.
     """
 
     folder: epath.Path
@@ -50,12 +53,12 @@ class StoryFolder:
     run: Mapping[str, object]
 
     def log_contents(self) -> None:
-        """Before anything is done: scenes that will be kept, and, as a warning, those that will be replaced."""
+        """Log which scenes will be kept and, as a warning, which will be replaced."""
         numbers = range(len(self.plan.frames))
         kept = [number for number in numbers if number in self.scenes]
         replaced = [number for number in numbers if number not in kept and self.scenes.has_file(number)]
         if kept:
-            logging.info("%s: made already: %s", self.folder, in_words(kept))
+            logging.info("%s: finished already: %s", self.folder, in_words(kept))
         if replaced:
             logging.warning(
                 "%s: to be replaced: %s, made with other settings or damaged; choose another output to keep them",
@@ -63,8 +66,13 @@ class StoryFolder:
             )
 
     def open(self) -> None:
-        """Finds out whether the folder can be written: writes run.json, which stays that of an earlier run until this
-        one shows a scene. Raises UserError if not, or if the disk has no room for the latents to come."""
+        """Check that the folder can be written, and remove what killed runs left half-written.
+
+        Writes run.json; an earlier one keeps its contents until this run shows a scene.
+
+        Raises:
+            UserError: the folder cannot be written, or the disk has no room for the scenes to come.
+        """
         record = self.folder / "run.json"
         with atomic_output(record) as path:
             path.write_bytes(record.read_bytes() if record.exists() else self._record({}))
@@ -73,7 +81,7 @@ class StoryFolder:
         remove_leftovers(self.folder / "latents")
         missing = [number for number in range(len(self.plan.frames)) if number not in self.scenes]
         frame = self.size[0] * self.size[1] * 3
-        needed = len(missing) * 2 * _FRAMES_KEPT * frame  # kept frames, and about as much for the videos
+        needed = len(missing) * 2 * _FRAMES_KEPT * frame  # kept frames; videos take about as much again
         if missing and not is_remote(self.folder) and shutil.disk_usage(self.folder).free < needed:
             raise UserError(
                 f"{self.folder}: the disk has {shutil.disk_usage(self.folder).free / 2**20:.0f} MiB free, the story "
@@ -81,16 +89,19 @@ class StoryFolder:
             )
 
     def video(self, number: int) -> epath.Path:
+        """Return the path of a scene's video."""
         return self.folder / f"scene_{number + 1:02d}.mp4"
 
     def is_generated(self) -> bool:
+        """Return whether the latents of all scenes are there; reads none of them."""
         return all(number in self.scenes for number in range(len(self.plan.frames)))
 
     def is_shown(self, number: int) -> bool:
+        """Return whether a scene's video and statistics are there, made from its latents as they are."""
         return self.scenes.is_shown(number, self.display) and self.video(number).exists()
 
     def show(self, number: int, frames: Iterable[UInt8[np.ndarray, "h w 3"]]) -> None:
-        """Writes the video of a scene from its frames, one by one."""
+        """Write the video of a scene from its frames, one by one, and keep a few of them with their statistics."""
         self._write_run({})
         length = self.plan.frames[number]
         keep = np.linspace(0, length - 1, _FRAMES_KEPT).round().astype(int)
@@ -100,7 +111,7 @@ class StoryFolder:
         self.scenes.show(number, self.display, Shown(np.stack(measured.kept), statistics))
 
     def finish(self) -> list[epath.Path]:
-        """What is made from all scenes together. Returns the files to look at."""
+        """Write what is made from all scenes together, and return the files to look at."""
         story, numbers = self.plan.story, range(len(self.plan.frames))
         shown = [self.scenes.shown(number, self.display) for number in numbers]
         changes = drift([scene.statistics for scene in shown])
@@ -119,7 +130,7 @@ class StoryFolder:
         return [self.folder / name for name in ("story.mp4", "storyboard.png", "index.html")]
 
     def _label(self, number: int) -> str:
-        """On a storyboard the first window needs none."""
+        """Return the label for the storyboard, on which scenes of the first window have none."""
         origin = self.plan.origin(number)
         return "" if origin.startswith(("together", "alone")) else origin
 
@@ -159,7 +170,7 @@ def _version(package: str) -> str:
 
 
 def _plain(value: object) -> object:
-    """Paths become texts."""
+    """Convert paths to strings for json."""
     if isinstance(value, Path | epath.Path):
         return str(value)
     raise TypeError(f"{value!r} cannot be written as json")

@@ -1,8 +1,8 @@
-"""Scenes that a user brings: clips, or pictures that are held for as long as the scene lasts.
+"""Given scenes: clips, or pictures that are repeated for the length of the scene.
 
-A picture could also be a scene of one latent frame, a sixth of the tokens. But the model was trained on scenes of one
-length, with positions that run on over them, and a still shot is something that it has seen; so a picture is held.
-Who wants the one frame says `seconds: 0.1`.
+A picture could also be a scene of a single latent frame, with a sixth of the tokens. But the model was trained on
+scenes of one length, with consecutive positions, and it has seen still shots, so a picture is repeated. A story file
+asks for a single frame with `seconds: 0.1`.
 """
 
 import math
@@ -17,18 +17,24 @@ from mask2dit_jax.media.transforms import fit_frames, resized_shape
 from mask2dit_jax.media.video_reader import VideoInfo, probe, read_frames
 from mask2dit_jax.story.story import Scene, is_picture
 
-_MUCH = 0.4  # of a picture that is cut away without a warning
+_MUCH = 0.4  # share of a picture that may be cropped without a warning
 _TURNS = {  # by EXIF's orientation
     **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
     **{5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE},
     8: Image.Transpose.ROTATE_90,
 }
-_LONG = 0.5  # seconds of a clip that are left out without a warning
-_FAST = 0.05  # by how much a clip is too fast or too slow without a warning
+_LONG = 0.5  # seconds of a clip that may be left out without a warning
+_FAST = 0.05  # relative change of a clip's speed that is allowed without a warning
 
 
 def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]) -> None:
-    """Warns if the scene loses much of its picture or of its length, or if it is shown too fast or too slow.
+    """Warn if a given scene loses much of its picture or of its length, or if it is shown too fast or too slow.
+
+    Args:
+        scene: given scene.
+        num_frames: pixel frames that it has in the story.
+        fps: frames per second of the story.
+        size: height and width of the story.
 
     Raises:
         UserError: the file is missing, damaged, of another kind, or too short.
@@ -51,7 +57,13 @@ def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int
 def read_given(
     scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]
 ) -> Float32[np.ndarray, "f _h _w 3"]:
-    """Frames of a given clip at the story's rate, or its picture as often, as the VAE takes them.
+    """Return the frames of a given clip at the story's rate, or its repeated picture, in [-1, 1].
+
+    Args:
+        scene: given scene.
+        num_frames: pixel frames that it has in the story.
+        fps: frames per second of the story.
+        size: height and width of the story.
 
     Raises:
         UserError: as `check_given`.
@@ -63,13 +75,13 @@ def read_given(
 
 
 def _frames(scene: Scene, info: VideoInfo, num_frames: int, fps: int | float) -> range:
-    """The clip's frames that are the scene: evenly spaced, as the model has seen in training."""
+    """Return which frames of the clip are the scene: evenly spaced ones, as in training."""
     start, stride = round(scene.start * info.fps), max(1, round(info.fps / fps))
     return range(start, start + (num_frames - 1) * stride + 1, stride)
 
 
 def _read_picture(path: str) -> np.ndarray:
-    """Upright, on 8 bits, and on white where it is transparent."""
+    """Read a picture upright, with 8 bits, and on white where it is transparent."""
     try:
         with Image.open(path) as image:
             return np.asarray(_plain(_upright(image)))
@@ -111,7 +123,7 @@ def _warn_of_length(path: str, info: VideoInfo, used: range, fps: int | float) -
 
 
 def _warn_of_loss(path: str, shape: tuple[int, int], size: tuple[int, int]) -> None:
-    """An upright clip in a landscape story is cut to a band out of its middle."""
+    """Warn if much is cropped: only a band of a portrait clip fits into a landscape story."""
     height, width = resized_shape(shape, size)
     kept = size[0] * size[1] / (height * width)
     if kept < 1 - _MUCH:

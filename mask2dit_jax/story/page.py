@@ -1,4 +1,4 @@
-"""index.html: a story to look at. It opens from disk and needs nothing but the videos beside it."""
+"""The page index.html, which shows a story. It opens from disk and needs only the videos beside it."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -24,14 +24,23 @@ th:first-child, td:first-child { padding-left: 0 }
 pre { overflow-x: auto; font-size: .8rem; line-height: 1.45; padding: 1rem; border: 1px solid var(--rule);
   border-radius: 6px; margin: 0 } summary { cursor: pointer }
 """
-# A change that is marked: what one sees at once when two scenes are put side by side.
+# Changes that are marked: those that are obvious when two scenes are seen side by side.
 _FAR = {"mean": 0.1, "contrast": 0.05, "saturation": 0.1, "latent_mean": 0.2, "latent_std": 0.2}
 _NAMES = {"mean": "brightness", "contrast": "contrast", "saturation": "saturation", "latent_mean": "latent mean",
           "latent_std": "latent deviation"}  # fmt: skip
 
 
 class PageScene(NamedTuple):
-    """What is told of a scene: the name of its video beside the page, its prompt, its length and its origin."""
+    """What the page shows of a scene.
+
+    Attributes:
+        video: file name of its video, which lies beside the page.
+        prompt: of the scene.
+        seconds: its length.
+        origin: what it was made from, in words.
+        statistics: of its frames and latents.
+        drift: differences of the statistics from those of the first scene.
+    """
 
     video: str
     prompt: str
@@ -42,7 +51,15 @@ class PageScene(NamedTuple):
 
 
 def story_page(title: str, size: tuple[int, int], scenes: Sequence[PageScene], plan: str, settings: str) -> str:
-    """The page. All texts are escaped: a prompt may hold anything."""
+    """Return the page. All texts are escaped, because a prompt may hold anything.
+
+    Args:
+        title: of the story.
+        size: height and width of the videos.
+        scenes: in their order.
+        plan: the plan as text.
+        settings: the settings as text.
+    """
     seconds = sum(scene.seconds for scene in scenes)
     height, width = size
     return f"""<!doctype html>
@@ -58,7 +75,7 @@ def story_page(title: str, size: tuple[int, int], scenes: Sequence[PageScene], p
 <div class="scenes">
 {"".join(_scene(number, scene, size) for number, scene in enumerate(scenes, start=1))}</div>
 <h2>Drift</h2>
-<p class="muted">Each scene measured, and its difference from scene 1; large ones are marked.</p>
+<p class="muted">Measurements of each scene, and differences from scene 1. Large differences are marked.</p>
 <div class="scroll">{_drift_table(scenes)}</div>
 <h2>Plan</h2>
 <pre>{escape(plan)}</pre>

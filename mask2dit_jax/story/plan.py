@@ -1,4 +1,4 @@
-"""What a story will cost, before anything is loaded: its scenes, frames, tokens and windows, as a table to read."""
+"""The plan of a story, made before anything is loaded: its scenes, frames, tokens and windows."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from mask2dit_jax.story.windows import Window, plan_windows
 
 
 def num_frames(seconds: int | float, fps: int | float, per_latent: int) -> int:
-    """Pixel frames of a scene: the number of the form `per_latent` k + 1 (CogVideoX: 4k + 1) nearest to `seconds`."""
+    """Return the number of pixel frames, of the form `per_latent` k + 1 (CogVideoX: 4k + 1), nearest to `seconds`."""
     return max(0, round((seconds * fps - 1) / per_latent)) * per_latent + 1
 
 
@@ -19,11 +19,15 @@ class StoryPlan:
     """How one story is made.
 
     Attributes:
+        story: the story.
+        fps: frames per second.
+        windows: in the order in which they are generated.
         frames: pixel frames of each scene.
-        latent_frames: the same after the VAE.
-        prompts: tokens of each scene's prompt, and what of it is cut; so `negatives`, where they are used.
-        layouts: of the windows, in their order. Windows of one layout share one compiled program.
-        trained_frames: pixel frames of a scene that the model was trained with.
+        latent_frames: latent frames of each scene.
+        prompts: number of tokens of each scene's prompt, and the words that are cut.
+        negatives: the same for negative prompts; empty without guidance.
+        layouts: of the windows. Windows of one layout share one compiled program.
+        trained_frames: pixel frames of a scene in training.
     """
 
     story: Story
@@ -51,14 +55,22 @@ class StoryPlan:
         guided: bool,
         trained_frames: int,
     ) -> "StoryPlan":
-        """
+        """Plan a story.
+
         Args:
-            window, anchor: see `plan_windows`.
-            default_frames: of a scene that says no length.
+            story: the story.
+            window: see `plan_windows`.
+            anchor: see `plan_windows`.
+            fps: frames per second.
+            default_frames: pixel frames of a scene without a length of its own.
             per_latent: pixel frames that become one latent frame.
-            count: tokens of texts.
-            layout: of scenes of so many latent frames.
+            count: counts the tokens of texts.
+            layout: returns the layout of scenes with the given numbers of latent frames.
             guided: whether negative prompts are used.
+            trained_frames: pixel frames of a scene in training.
+
+        Raises:
+            UserError: no windows fit the story, or the model cannot take its layouts.
         """
         windows = plan_windows(len(story.scenes), window, story.num_given, anchor=anchor)
         frames = [
@@ -89,7 +101,7 @@ class StoryPlan:
         return [scene.prompt for scene in scenes] + [scene.negative for scene in scenes if self.guided]
 
     def origin(self, number: int) -> str:
-        """Where scene `number` comes from, in words."""
+        """Describe what scene `number` is made from."""
         scene = self.story.scenes[number]
         if scene.given:
             return f"given: {scene.given}{f', from second {scene.start:g} on' if scene.start else ''}"
@@ -101,10 +113,11 @@ class StoryPlan:
         return f"extended from {in_words(window.known)}"
 
     def table(self, height: int, width: int, num_steps: int, memory: Sequence[str] = ()) -> str:
-        """The plan in words.
+        """Return the plan as a table to read.
 
         Args:
-            height, width: of the frames.
+            height: of the frames.
+            width: of the frames.
             num_steps: denoising steps of a window.
             memory: lines about memory.
         """
@@ -160,7 +173,7 @@ def _count(number: int, what: str) -> str:
 
 
 def in_words(numbers: Sequence[int]) -> str:
-    """Numbers of scenes as "scenes 1, 4-5": counted from one."""
+    """Write numbers of scenes as "scenes 1, 4-5", counted from one."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:

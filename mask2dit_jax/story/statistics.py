@@ -1,7 +1,7 @@
-"""How a scene looks, in a few numbers: what drifts when a story is extended again and again.
+"""How a scene looks, in a few numbers, which drift when a story is extended again and again.
 
-Colours wash out, contrast rises, or latents leave the range that the model knows: each shows in one of these numbers,
-scene by scene, against the first scene.
+Colours wash out, contrast rises, or latents leave the range that the model knows. Each of these shows in one of the
+numbers when a scene is compared with the first one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,18 +15,25 @@ _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709, as the videos 
 
 
 class FrameStatistics:
-    """Lets frames pass and measures them on the way: no more than one is in memory for it."""
+    """Measures frames while they pass through, so that only one of them has to be in memory.
+
+    Attributes:
+        kept: the frames that were asked for, once they have passed.
+    """
 
     def __init__(self, frames: Iterable[UInt8[np.ndarray, "h w 3"]], keep: Sequence[int] = ()):
-        """
+        """Wrap frames; iterating over this object iterates over them.
+
         Args:
-            keep: numbers of frames that are kept, as `kept`.
+            frames: to measure.
+            keep: numbers of the frames to keep.
         """
         self._frames, self._keep = frames, frozenset(keep)
         self._measured: list[tuple[float, float, float]] = []
         self.kept: list[np.ndarray] = []
 
     def __iter__(self) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Yield the frames, and measure each."""
         for number, frame in enumerate(self._frames):
             self._measured.append(_measure(frame))
             if number in self._keep:
@@ -34,8 +41,10 @@ class FrameStatistics:
             yield frame
 
     def result(self) -> dict[str, float]:
-        """Means over the frames that have passed, in 0..1: brightness, contrast (its deviation within a frame), and
-        saturation (of HSV)."""
+        """Return means over the frames that have passed, each in 0..1.
+
+        These are brightness ("mean"), contrast (deviation of brightness within a frame) and saturation (of HSV).
+        """
         return dict(zip(("mean", "contrast", "saturation"), np.mean(self._measured, axis=0).tolist(), strict=True))
 
 
@@ -46,10 +55,19 @@ def _measure(frame: UInt8[np.ndarray, "h w 3"]) -> tuple[float, float, float]:
     return float(luma.mean()), float(luma.std()), float(saturation.mean())
 
 
+def frame_statistics(frames: Iterable[UInt8[np.ndarray, "h w 3"]]) -> dict[str, float]:
+    """Measure frames that are all there; see `FrameStatistics.result`."""
+    statistics = FrameStatistics(frames)
+    for _ in statistics:
+        pass
+    return statistics.result()
+
+
 def latent_statistics(latents: NpFloats["f h w c"]) -> dict[str, float]:
+    """Return mean and standard deviation of the latents of a scene."""
     return {"latent_mean": float(latents.mean()), "latent_std": float(latents.std())}
 
 
 def drift(statistics: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """What the statistics of each scene have more (or less) than those of the first."""
+    """Return the difference of each scene's statistics from those of the first scene."""
     return [{name: value - statistics[0][name] for name, value in scene.items()} for scene in statistics]

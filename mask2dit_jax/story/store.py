@@ -57,9 +57,11 @@ class StoryLatents(MutableMapping[int, np.ndarray]):
         self._folder, self._fingerprints = epath.Path(folder), fingerprints
 
     def __setitem__(self, scene: int, latents: np.ndarray) -> None:
+        """Write the latents of a scene, completely or not at all."""
         self._write(scene, latents=np.asarray(latents))
 
     def __getitem__(self, scene: int) -> np.ndarray:
+        """Read the latents of a scene. Raises UserError if they are damaged."""
         stored = self._read(scene, "latents")
         if stored is not None:
             return stored["latents"]
@@ -68,15 +70,19 @@ class StoryLatents(MutableMapping[int, np.ndarray]):
         raise KeyError(scene)
 
     def __contains__(self, scene: object) -> bool:
+        """Return whether the scene is there, made with these settings; reads no latents."""
         return self._read(scene) is not None
 
     def __iter__(self) -> Iterator[int]:
+        """Yield the scenes that are there."""
         return (scene for scene in range(len(self._fingerprints)) if scene in self)
 
     def __len__(self) -> int:
+        """Count the scenes that are there."""
         return sum(1 for _ in self)
 
     def __delitem__(self, scene: int) -> None:
+        """Delete the file of a scene."""
         self._path(scene).unlink()
 
     def has_file(self, scene: int) -> bool:

@@ -1,4 +1,4 @@
-"""A story: scenes in order, each with the prompt that the model gets. Story files and plain prompts both become one."""
+"""A story: scenes in order, each with the prompt that the model gets. It comes from a story file or from prompts."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mask2dit_jax.errors import UserError
 
-LONGEST_SCENE = 60.0  # seconds; a model sees six or so, and memory grows with it
+LONGEST_SCENE = 60.0  # seconds; models are trained on about six, and memory grows with the length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +15,10 @@ class Scene:
     """One scene.
 
     Attributes:
-        prompt: as the model gets it: style in front, actors described.
-        negative: what guidance leads away from.
-        seconds: how long; None: as long as the run's config says.
-        given: path of the clip or the picture that is this scene; empty: it is generated.
+        prompt: as the model gets it, with the style in front and every actor described.
+        negative: negative prompt, which guidance leads away from.
+        seconds: length; None stands for the length in the run's config.
+        given: path of the clip or picture that is this scene; empty if the scene is generated.
         start: seconds into the given clip at which the scene begins.
         where: names the scene in messages: its number, or the line of its file.
     """
@@ -33,17 +33,23 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Story:
-    """Scenes in order; those that are given come first.
+    """Scenes in order; given scenes come first.
+
+    Attributes:
+        name: of its output folder, where there are several stories.
+        title: for people; may be empty.
+        scenes: at least one of them is generated.
 
     Raises:
         UserError: there are no scenes, nothing is to be generated, or a given scene follows a generated one.
     """
 
-    name: str  # of its output folder, where there are several
+    name: str
     title: str
     scenes: tuple[Scene, ...]
 
     def __post_init__(self):
+        """Check the scenes."""
         if not self.scenes:
             raise UserError(f"{self.name}: 0 scenes; give at least one prompt")
         given = [bool(scene.given) for scene in self.scenes]
@@ -60,11 +66,21 @@ class Story:
 
     @property
     def num_given(self) -> int:
+        """Number of given scenes."""
         return next((number for number, scene in enumerate(self.scenes) if not scene.given), len(self.scenes))
 
     @classmethod
     def from_prompts(cls, prompts: Sequence[str], negative: str, given: Sequence[str] = ()) -> "Story":
-        """A prompt a scene, the first scenes given as clips or pictures."""
+        """Make a story from one prompt per scene.
+
+        Args:
+            prompts: of all scenes, given scenes included.
+            negative: negative prompt of every scene.
+            given: paths of clips or pictures that are the first scenes.
+
+        Raises:
+            UserError: there is no scene to generate.
+        """
         if given and len(prompts) <= len(given):
             raise UserError(
                 f"{len(prompts)} prompts for {len(given)} given clips leave nothing to generate; "
@@ -79,10 +95,11 @@ class Story:
 
     @classmethod
     def from_json(cls, raw: Mapping) -> "Story":
-        """What `dataclasses.asdict` made, e.g. in a run.json."""
+        """Read what `dataclasses.asdict` returned, as stored in a run.json."""
         return cls(raw["name"], raw["title"], tuple(Scene(**scene) for scene in raw["scenes"]))
 
     def check_length(self, most: int) -> None:
+        """Raise UserError if the story has more than `most` scenes, which is probably a mistake."""
         if len(self.scenes) > most:
             raise UserError(
                 f"{self.name}: {len(self.scenes)} scenes are more than max_scenes={most}; if you mean it, "
@@ -92,22 +109,27 @@ class Story:
 
 @dataclasses.dataclass(frozen=True)
 class Actors:
-    """Names and what they look like: `Actor1` in a prompt becomes `Actor1 (a young fox, red fur)`, every time.
+    """Descriptions of actors: `Actor1` in a prompt always becomes `Actor1 (a young fox, red fur)`.
 
-    These are the paper's words (section 4.1): a name means nothing from scene to scene, since no prompt sees another;
-    what is said of it, word for word the same, does.
+    This is the paper's form (section 4.1). No prompt sees another, so a name alone means nothing from scene to scene,
+    but the same description, word for word, does.
+
+    Attributes:
+        looks: description of each actor by name.
     """
 
     looks: Mapping[str, str]
 
     def describe(self, text: str) -> str:
+        """Insert the description after every actor's name."""
         return self._pattern.sub(lambda name: f"{name[0]} ({self.looks[name[0]]})", text) if self.looks else text
 
     def named_in(self, text: str) -> set[str]:
+        """Return the actors that a text names."""
         return set(self._pattern.findall(text)) if self.looks else set()
 
     def unknown_in(self, text: str) -> str | None:
-        """A name of the form Actor3 that is neither known nor described on the spot."""
+        """Return a name of the form Actor3 that is neither known nor described on the spot, or None."""
         for found in re.finditer(r"(?<!\w)Actor\d+(?!\w)(?!\s*\()", text):
             if found[0] not in self.looks:
                 return found[0]
@@ -120,5 +142,5 @@ class Actors:
 
 
 def is_picture(path: str) -> bool:
-    """Whether a given scene is a still; everything else is read as a video."""
+    """Return whether a given scene is a still picture; any other file is read as a video."""
     return Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")

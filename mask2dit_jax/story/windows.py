@@ -1,12 +1,12 @@
-"""Which scenes are generated together, and from which (paper, section 3.3).
+"""Which scenes are generated together, and which scenes they are generated from (paper, section 3.3).
 
-The first n scenes come together, n being the scenes that the model was trained on. Every further one comes alone, from
-the n-1 before it; or, with an anchor, from the first scene and the n-2 before it, so that what drifts from scene to
-scene is always seen beside what it drifts from. Positions are those of the window: the first scene of a window is at
-frame 0 wherever it is in the story, as in training.
+The model was trained on n scenes at once, so the first n scenes are generated together. Every further scene is
+generated alone, from the n-1 before it. With an anchor it is generated from the first scene and the n-2 before it, so
+that the model always sees a drifting story beside its beginning. Positions count from the start of the window, as in
+training: its first scene is at frame 0 wherever it is in the story.
 
-Given scenes are known from the start. As many as n-1 make the next scene an extension, what training showed the model.
-Fewer are allowed: the rest of the first window is then generated together, around them.
+Given scenes are known from the start. If there are n-1 or more, the next scene is an extension, for which the model was
+trained. If there are fewer, the rest of the first window is generated together with them as its context.
 """
 
 import dataclasses
@@ -16,22 +16,30 @@ from mask2dit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Numbers of the scenes, from 0, in the story's order: `known` ones are shown to the model, `new` ones come out."""
+    """The scenes of one window.
+
+    Attributes:
+        known: numbers of the scenes that the model is shown, from 0, in the story's order.
+        new: numbers of the scenes that it generates.
+    """
 
     known: tuple[int, ...]
     new: tuple[int, ...]
 
     @property
     def scenes(self) -> tuple[int, ...]:
+        """Numbers of all scenes, known ones first."""
         return self.known + self.new
 
 
 def plan_windows(num_scenes: int, window: int, num_given: int = 0, *, anchor: bool = False) -> tuple[Window, ...]:
-    """The windows of a story, in the order of their making.
+    """Return the windows of a story in the order in which they are generated.
 
     Args:
-        num_scenes: of the story, the given ones among them.
-        window: scenes that the model works on at once, n; a shorter story is one shorter window.
+        num_scenes: of the story, given scenes included.
+        window: number of scenes that the model works on at once; a shorter story is one shorter window.
+        num_given: number of given scenes at the start of the story.
+        anchor: whether every window has the first scene of the story.
 
     Raises:
         UserError: there are no scenes or none to generate, or the window is too small for them.

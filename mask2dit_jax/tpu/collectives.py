@@ -1,20 +1,21 @@
-"""What a collective moves, which torus dimensions it crosses, and how long it takes at the speed of the links.
+"""The cost of collectives: the bytes moved, the torus dimensions crossed, and the time at the speed of the links.
 
-S is what one chip puts in, n the size of its group, B the bytes/s that leave a chip over the dimensions that the group
-spans: two links of a ring, one of a line (the chip at its end has no more), fewer where groups interleave and share.
+S is the number of bytes that one chip contributes, n the size of its group, and B the bytes/s that leave a chip over
+the dimensions that the group spans. A chip has two links on a ring, one on a line (the chip at its end has no more),
+and fewer where interleaved groups share links.
 
-    kind                moved, bytes a chip    seconds
+    kind                moved, bytes/chip      seconds
     all-gather          (n-1) S                moved / B
     reduce-scatter      (n-1)/n S              moved / B
     all-reduce          2 (n-1)/n S            moved / B
-    all-to-all          (n-1)/n S              a S / (4 links) of the worst dimension (a chips): the halves' exchange
+    all-to-all          (n-1)/n S              a S / (4 links) of the worst dimension (a chips), where halves exchange
     collective-permute  S                      S x messages over the busiest link / link
 
-That all dimensions of a group work at once, in both directions, is what the TPU compiler's "ND ring" strategies do. The
-time is at least a microsecond a hop.
+All dimensions of a group work at once and in both directions, as in the TPU compiler's "ND ring" strategies. The time
+is at least one microsecond per hop.
 
-Groups never leave a slice. What goes to other slices is sent and received through the hosts, over their network cards
-(DCN): a pair of send and recv, with n the number of slices and B a chip's share of its host's bandwidth.
+Groups never leave a slice. Transfers between slices are a pair of send and recv through the hosts' network cards (DCN).
+For them, n is the number of slices and B a chip's share of its host's bandwidth.
 """
 
 import itertools
@@ -34,7 +35,15 @@ DCN = "dcn"
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective operation of one chip. across: torus dimensions that its group spans, like "xy", or DCN."""
+    """One collective operation, seen from one chip.
+
+    Attributes:
+        kind: HLO opcode, such as "all-gather".
+        group_size: Number of chips that take part.
+        across: Torus dimensions that the group spans, such as "xy", or DCN.
+        moved_bytes: Bytes that the chip sends.
+        seconds: Duration.
+    """
 
     kind: str
     group_size: int
@@ -44,17 +53,24 @@ class Collective:
 
 
 class Interconnect:
-    """The links between the chips of a compiled program. devices: in the order of its mesh."""
+    """The links between the chips of a compiled program."""
 
     def __init__(self, topology: Topology, devices: list):
+        """Initialize from the devices of the topology, in the order of the program's mesh."""
         self._topology = topology
         slices = [getattr(device, "slice_index", None) or 0 for device in devices]
-        # A program for several slices numbers the chips of each slice for itself; all slices are alike.
+        # A program for several slices numbers the chips within each slice. All slices are alike.
         one_slice = [device for device, index in zip(devices, slices, strict=True) if index == slices[0]]
         self._coords = np.array([device.coords[: topology.chip.torus_dims] for device in one_slice])
 
     def measure(self, computation: Computation, instruction: Instruction, kind: str) -> Collective:
-        """A collective operation within a slice, standing in `computation`."""
+        """Measure a collective operation within a slice.
+
+        Args:
+            computation: Computation that contains the instruction.
+            instruction: The operation.
+            kind: Its kind, which may differ from its opcode (an all-reduce that keeps a shard is a reduce-scatter).
+        """
         size = math.fsum(array.bytes for name in instruction.operands for array in computation.arrays_of(name))
         if kind == "collective-permute":
             return self._permute(size, _pairs(instruction.attributes))
@@ -65,7 +81,7 @@ class Interconnect:
         return Collective(kind, len(group), "".join("xyz"[span.dim] for span in spans), moved, seconds)
 
     def measure_send(self, computation: Computation, send: Instruction, kind: str) -> Collective:
-        """A send that exchanges with the other slices."""
+        """Measure a collective operation between slices, given its send instruction."""
         size = computation.arrays_of(send.operands[0])[0].bytes
         chip, slices = self._topology.chip, self._topology.num_slices
         moved = _moved(kind, size, slices)
@@ -80,7 +96,7 @@ class Interconnect:
         return moved / (link * sum(span.links for span in spans))
 
     def _spans(self, group) -> list["_Span"]:
-        """The dimensions that a group spans. A group that is no box of the torus gets one link in all."""
+        """Return the dimensions that a group spans. A group that is not a box of the torus gets one link in all."""
         coords = self._coords[group]
         spans = []
         for dim, size in enumerate(self._topology.shape):
@@ -97,7 +113,7 @@ class Interconnect:
         return [_Span(span.dim, len(group), links, len(group) // len(spans)) for span in spans]
 
     def _permute(self, size: float, pairs: list[tuple[int, int]]) -> Collective:
-        """Messages go along x, then y, then z, the shorter way round a ring."""
+        """Measure a permutation whose messages go along x, then y, then z, the shorter way around a ring."""
         load, hops, dims = Counter(), 0, set()
         for source, target in pairs:
             route = self._route(self._coords[source].tolist(), self._coords[target].tolist())
@@ -109,7 +125,7 @@ class Interconnect:
         return Collective("collective-permute", len(pairs), across, size, max(seconds, HOP_SECONDS * hops))
 
     def _route(self, at: list, to: list) -> list[tuple]:
-        """(chip, dimension, direction) of each link that a message takes."""
+        """Return (chip, dimension, direction) of each link that a message takes."""
         route, place = [], list(at)
         for dim, size in enumerate(self._topology.shape):
             ahead = to[dim] - at[dim]
@@ -124,7 +140,14 @@ class Interconnect:
 
 @dataclass(frozen=True)
 class _Span:
-    """chips of a group along a torus dimension; links: how many in one direction a chip has for them, on average."""
+    """The extent of a group along one torus dimension.
+
+    Attributes:
+        dim: Index of the dimension.
+        chips: Number of the group's chips along it.
+        links: Links per chip in one direction, on average.
+        hops: Hops between the chips farthest apart.
+    """
 
     dim: int
     chips: int
@@ -133,15 +156,23 @@ class _Span:
 
 
 def _moved(kind: str, size: float, n: int) -> float:
-    """Bytes that each of n chips sends if it puts in `size`."""
+    """Return the bytes that each of n chips sends if it contributes `size` bytes."""
     return size * {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
 
 
 def first_group(attributes: str, num_partitions: int) -> list[int]:
-    """The first of the groups of partitions within which an operation works. They are alike: XLA makes them of a mesh.
+    """Parse the first of an operation's groups of partitions.
 
-    XLA writes {{0,1},{2,3}}; or [2,2]<=[4] and [2,2]<=[2,2]T(1,0), numbers laid out, transposed and cut into rows; or
-    mesh['a'=2,'b'=2] {'b'}, the axes of a mesh, of which 'b':(2)4 is the part of size 4 behind one of size 2.
+    All groups are alike, because XLA derives them from a mesh. XLA has three notations. {{0,1},{2,3}} lists the groups.
+    [2,2]<=[4] and [2,2]<=[2,2]T(1,0) lay out the numbers, transpose them and cut them into rows. mesh['a'=2,'b'=2]
+    {'b'} names axes of a mesh, where 'b':(2)4 is the part of size 4 of axis b behind a part of size 2.
+
+    Args:
+        attributes: Text of the instruction's attributes.
+        num_partitions: Size of the only group if the text is replica_groups={}.
+
+    Raises:
+        ValueError: The text has none of these notations.
     """
     text = attributes.partition("replica_groups=")[2]
     if listed := re.match(r"\{(?:\{([\d,]*)\}|\})", text):
@@ -154,7 +185,7 @@ def first_group(attributes: str, num_partitions: int) -> list[int]:
 
 
 def _laid_out(text: str) -> np.ndarray:
-    """Numbers in the order of "<=[2,2]T(1,0)": counted up, reshaped, transposed."""
+    """Return the numbers in the order that "<=[2,2]T(1,0)" describes: ascending, reshaped, transposed."""
     dims, order = re.search(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
     return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)
@@ -162,7 +193,7 @@ def _laid_out(text: str) -> np.ndarray:
 
 def _along_axes(mesh: str, order: str, chosen: str) -> list[int]:
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    parts = []  # (axis, elements of it behind one step, size) of each chosen axis or part of one
+    parts = []  # (axis, stride in elements of the axis, size) of each chosen axis or part of an axis
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen):
         size = int(size or axes[name])
         parts.append((name, axes[name] // (int(before or 1) * size), size))

@@ -1,7 +1,7 @@
-"""A compiled module's text as Python objects: computations, their instructions in scheduled order, and shapes.
+"""A parser for compiled HLO text, which yields computations, their instructions in scheduled order, and shapes.
 
-jaxlib hands out the module itself too (`runtime_executable().hlo_modules()`), but an instruction there has no shape and
-no attributes except in its text, and XLA's own cost analysis counts the body of a loop once. So the text it is.
+jaxlib also exposes the module itself (`runtime_executable().hlo_modules()`), but its instructions offer shapes and
+attributes only as text, and XLA's cost analysis counts the body of a loop only once.
 """
 
 import functools
@@ -9,12 +9,12 @@ import math
 import re
 from dataclasses import dataclass, field
 
-HBM = 0  # memory space of a layout that names none; S(1) is VMEM, S(2) to S(6) are flags, scalars and the host's
+HBM = 0  # memory space of a layout that names none; S(1) is VMEM, S(2) to S(6) are flags, scalars and host memory
 
 
 @dataclass(frozen=True)
 class Array:
-    """Type of one array. bytes: its size without the padding of tiles."""
+    """The type of an array: element type, dimensions and memory space."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -22,20 +22,32 @@ class Array:
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> float:
+        """Size in bytes, without the padding of tiles."""
         return self.size * _bits(self.dtype) / 8
 
     @property
     def hbm_bytes(self) -> float:
+        """Size in bytes if the array is in HBM, otherwise 0."""
         return self.bytes if self.memory == HBM else 0.0
 
 
 @dataclass
 class Instruction:
-    """arrays: the result's arrays, a tuple flattened. arguments: the text between the parentheses of the operation."""
+    """One instruction.
+
+    Attributes:
+        name: Name without the leading %.
+        opcode: Operation such as "dot".
+        arrays: Arrays of the result; a tuple is flattened.
+        arguments: Text between the parentheses of the operation.
+        attributes: Text behind the parentheses.
+        is_root: Whether the computation returns this result.
+    """
 
     name: str
     opcode: str
@@ -46,30 +58,35 @@ class Instruction:
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
+        """Names of the instructions whose results this one reads."""
         return tuple(re.findall(r"%([\w.\-]+)", self.arguments))
 
     def called(self, attribute: str) -> str | None:
-        """Name of the computation that an attribute like "calls" or "body" names."""
+        """Return the name of the computation in an attribute such as "calls" or "body", or None without it."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
     def attribute(self, pattern: str) -> str | None:
-        """The group of a pattern, looked for in the attributes."""
+        """Search the attributes for a pattern and return its group, or None if it does not occur."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
 
 @dataclass
 class Computation:
+    """A computation with its instructions by name, in scheduled order."""
+
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict, repr=False)
 
     @property
     def root(self) -> Instruction:
+        """The instruction whose result the computation returns."""
         return next(instruction for instruction in self.instructions.values() if instruction.is_root)
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
+        """Parameter number -> instruction."""
         return {int(i.arguments): i for i in self.instructions.values() if i.opcode == "parameter"}
 
     @functools.cached_property
@@ -83,15 +100,19 @@ class Computation:
         return users
 
     def arrays_of(self, operand: str) -> tuple[Array, ...]:
+        """Return the arrays of an instruction's result, given its name."""
         return self.instructions[operand].arrays
 
 
 @dataclass
 class Module:
+    """A module with its computations by name, one of which is the entry."""
+
     computations: dict[str, Computation]
     entry: Computation
 
     def __getitem__(self, name: str) -> Computation:
+        """Return a computation by name."""
         return self.computations[name]
 
 
@@ -101,7 +122,11 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 
 
 def parse(text: str) -> Module:
-    """Reads `compiled.as_text()`."""
+    """Parse the text of `compiled.as_text()`.
+
+    Raises:
+        ValueError: The text has no entry computation.
+    """
     computations, entry, current, last = {}, None, None, None
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
         if current is None:
@@ -113,18 +138,18 @@ def parse(text: str) -> Module:
         elif match := _INSTRUCTION.match(line):
             last = _instruction(match[2], line[match.end() :], bool(match[1]))
             current.instructions[last.name] = last
-        else:  # a kernel's metadata holds line breaks; what follows them belongs to the instruction above
+        else:  # a kernel's metadata contains line breaks, so this line continues the previous instruction
             last.attributes += line
     if entry is None:
-        raise ValueError("this text holds no entry computation; is it that of a compiled module?")
+        raise ValueError("the text has no entry computation; pass that of a compiled module")
     return Module(computations, entry)
 
 
 def arrays_at_least(module: Module, rows: int, columns: int) -> list[tuple[str, Array]]:
-    """(instruction, array) of each array with one dimension >= rows and another >= columns, largest first.
+    """Return (instruction, array) for each array with one dimension >= rows and another >= columns, largest first.
 
-    With the tokens of a chip and those of the whole sequence it finds the S x S arrays that must not be. Arrays inside
-    fusions count as well: they may never be in memory, but they are computed.
+    Given the tokens of a chip and of the whole sequence, this finds arrays of tokens x tokens, which should not exist.
+    Arrays inside fusions count too, because they are computed even if they are never in memory.
     """
     small, large = sorted((rows, columns))
     found = {}
@@ -171,7 +196,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _bits(dtype: str) -> int:
-    """bf16 -> 16, f8e4m3fn -> 8, pred -> 8; tokens and the like hold nothing."""
+    """Return the width of an element type: bf16 -> 16, f8e4m3fn -> 8, pred -> 8, token -> 0."""
     if dtype == "pred":
         return 8
     width = re.match(r"[a-z]+(\d+)", dtype)

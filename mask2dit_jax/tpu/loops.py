@@ -1,4 +1,4 @@
-"""How often the body of a while loop runs: from XLA's own note, or from the loop's start, step and end."""
+"""The trip count of while loops, from XLA's own annotation or from the loop's start, step and end."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,20 @@ _PASSES_ON = {"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"
 
 @dataclass(frozen=True)
 class _Carry:
-    """Element `index` of what a loop carries from turn to turn."""
+    """Element `index` of a loop's carry."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class Scope:
-    """A computation and, in a loop's body, the loop around it: values that a body only passes on are found outside."""
+    """A computation and the loop around it, if it is a loop's body. Values that a body only passes on lie outside.
+
+    Attributes:
+        computation: The computation.
+        loop: While instruction whose body it is.
+        outside: Scope of that instruction.
+    """
 
     computation: Computation
     loop: Instruction | None = None
@@ -25,7 +31,10 @@ class Scope:
 
 
 def trip_count(module: Module, scope: Scope, loop: Instruction) -> int | None:
-    """Turns of a while instruction of `scope`; None where the text does not tell, as for a loop until convergence."""
+    """Return how often the body of a while instruction in `scope` runs.
+
+    Returns None if the text does not determine it, as for a loop until convergence.
+    """
     known = loop.attribute(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)')
     if known:
         return int(known)
@@ -55,7 +64,7 @@ def _turns(direction: str | None, first: int, last: int, step: int) -> int | Non
 
 
 def _comparison(module: Module, computation: Computation, name: str, arguments=()):
-    """(direction, left, right) of the compare instruction that a condition ends in."""
+    """Return (direction, left, right) of the compare instruction at the end of a condition."""
     instruction = computation.instructions[name]
     if instruction.opcode == "compare":
         left, right = (_value(module, computation, operand, arguments) for operand in instruction.operands)
@@ -92,7 +101,7 @@ def _value(module: Module, computation: Computation, name: str, arguments=()) ->
 
 
 def _initial(module: Module, scope: Scope, index: int) -> int | None:
-    """Element `index` of the carry before the first turn of the loop that `scope` is the body of."""
+    """Return element `index` of the initial carry of the loop whose body is `scope`."""
     outside = scope.outside.computation
     start = outside.instructions[scope.loop.operands[0]]
     while start.opcode in _PASSES_ON:
@@ -106,7 +115,7 @@ def _initial(module: Module, scope: Scope, index: int) -> int | None:
 
 
 def _unchanged(scope: Scope, index: int) -> bool:
-    """Whether the loop's body hands element `index` of its carry on as it got it."""
+    """Return whether the loop's body passes on element `index` of its carry unchanged."""
     root = scope.computation.root
     if root.opcode != "tuple":
         return False
@@ -117,7 +126,7 @@ def _unchanged(scope: Scope, index: int) -> bool:
 
 
 def _step(module: Module, scope: Scope, index: int) -> int:
-    """What a turn adds to element `index`; one where that is hidden in a fusion, as jax's loops count by one."""
+    """Return what an iteration adds to element `index`, or 1 if a fusion hides it, because JAX's loops count by 1."""
     root = scope.computation.root
     last = scope.computation.instructions[root.operands[index]] if root.opcode == "tuple" else root
     while last.opcode in _PASSES_ON:

@@ -1,25 +1,25 @@
-"""What fits on a slice of TPUs and what one step costs there, read from a program compiled for it.
+"""A report on a program compiled for a TPU slice: whether it fits, and what one step costs.
 
     topology = parse_topology("v5p:4x4x4")
     report = compile_and_analyse(lowered, topology=topology, model_flops=ModelFlops(...), name="5b sft")
     print(format_table([report])); report.to_json()
 
-All figures are those of one chip and one step (one call of the program):
+All figures are for one chip and one step (one call of the program):
 
-    hbm peak         arguments + temporaries + results that take no argument's place + the program itself
-    matmul flops     executed: dots and convolutions in the program, loops and rematerialisation included, kernels not;
-                     ideal: what the model needs, given by the caller
-    attention flops  executed: calls of the Pallas kernels in the program x FLOPs of a call (given); ideal: given.
-                     Attention that is no Pallas kernel is among the matrix products. attention_occupancy is the part of
-                     the surplus that is due to blocks (padding, and pairs that the mask forbids); the rest are products
-                     that the backward pass computes again.
-    roofline         the modelled time of `schedule`, which counts collectives only as far as computation does not hide
-                     them, but never less than all bytes through HBM at its bandwidth
+    hbm peak         Arguments + temporaries + results that do not reuse an argument's buffer + the program itself.
+    matmul flops     Executed: dots and convolutions of the program, including loops and rematerialisation, without
+                     kernels. Ideal: what the model needs, as given by the caller.
+    attention flops  Executed: calls of Pallas kernels x FLOPs per call (given). Ideal: given. Attention without a
+                     Pallas kernel counts as matrix products. attention_occupancy is the part of the surplus caused by
+                     blocks (padding, and pairs that the mask forbids). The rest are products that the backward pass
+                     repeats.
+    roofline         The time according to `timeline`, which counts collectives only as far as computation does not hide
+                     them, but at least the time of all HBM bytes at full bandwidth.
     mfu ceiling      (ideal matmul + ideal attention flops) / (peak x roofline). Rematerialisation, masked blocks and a
                      head dimension narrower than the matrix unit all lower it.
 
-Not modelled: elementwise work beyond its bytes (a softmax costs nothing), latencies inside the chip, an attention
-kernel's repeated reads of K and V, hosts. So a real step takes longer than its roofline.
+The model leaves out elementwise work beyond its bytes (a softmax is free), latencies inside the chip, an attention
+kernel's repeated reads of K and V, and the hosts. A real step therefore takes longer than its roofline.
 """
 
 import dataclasses
@@ -36,17 +36,22 @@ from mask2dit_jax.tpu.timeline import KernelFlops, Work, measure
 
 _GIB = 2**30
 _HINT = (
-    "more chips on the fsdp or context axis of the mesh, rematerialisation of whole blocks, a smaller batch a chip, "
-    "or gradients accumulated over smaller batches"
+    "more chips on the fsdp or context axis of the mesh, rematerialisation of whole blocks, a smaller batch per chip, "
+    "or gradient accumulation over smaller batches"
 )
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What the model needs, in FLOPs of one chip and one step; a backward pass counts, a recomputed forward does not.
+    """The FLOPs that the model needs on one chip in one step. The backward pass counts; recomputation does not.
 
-    kernels: FLOPs that one call of each Pallas kernel executes on a chip, by part of its name (`splash_kernel_flops`).
-    attention_occupancy: pairs of tokens in the blocks that a kernel computes, over the pairs that the mask allows.
+    Attributes:
+        matmul_ideal: FLOPs of the matrix products.
+        attention_ideal: FLOPs of attention over the allowed pairs.
+        kernels: FLOPs that one call of each Pallas kernel executes on a chip, by a part of the kernel's name. See
+            `splash_kernel_flops`.
+        head_dim: Channels of a head.
+        attention_occupancy: Token pairs in the computed blocks divided by the pairs that the mask allows.
     """
 
     matmul_ideal: float | int
@@ -57,21 +62,25 @@ class ModelFlops:
 
 
 def splash_kernel_flops(product: float | int) -> dict[str, float]:
-    """FLOPs of a call of each splash kernel, of which one product of all blocks visited costs `product`.
+    """Return the FLOPs of one call of each splash kernel.
 
-    That is 2 x head_dim a (query, key) pair, for all heads and samples of a chip. Forward takes two (scores, output);
-    dq three (scores, dP, dQ); dkv four (scores, dV, dP, dK), and a fifth where it also yields dQ, for which give your
-    own figure.
+    The forward kernel computes two products (logits, output), dq three (logits, dP, dQ) and dkv four (logits, dV, dP,
+    dK). A dkv kernel that also yields dQ would compute a fifth, which this does not count.
+
+    Args:
+        product: FLOPs of one product over all visited blocks, for all heads and samples of a chip: 2 x head_dim per
+            (query, key) pair.
     """
     return {"splash_mha_fwd": 2.0 * product, "splash_mha_dq": 3.0 * product, "splash_mha_dkv": 4.0 * product}
 
 
 @dataclass(frozen=True)
 class CompileReport:
-    """Of one chip and one step; see the module. None: not known, since the compiler refused the program.
+    """The figures of one chip and one step, as defined in the module docstring.
 
-    Sizes in GiB, times in seconds, FLOPs and bytes plain. collective_bytes: bytes that a chip sends, by kind.
-    collectives: rows of {kind, group_size, across, how, count, bytes, seconds, exposed_seconds}.
+    A figure is None if it is unknown because the compiler refused the program. `collective_bytes` holds the bytes that
+    a chip sends, by kind. `collectives` has a row {kind, group_size, across, how, count, bytes, seconds,
+    exposed_seconds} for each kind of group.
     """
 
     name: str
@@ -102,7 +111,7 @@ class CompileReport:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict:
-        """Plain dicts, lists, numbers and strings."""
+        """Return the report as plain dicts, lists, numbers and strings."""
         return dataclasses.asdict(self) | {"warnings": list(self.warnings)}
 
 
@@ -116,7 +125,20 @@ def compile_and_analyse(
     tokens: tuple[int, int] | None = None,
     compiler_options: dict | None = None,
 ) -> CompileReport:
-    """Compiles what was lowered for the devices of a topology; a program that does not fit is reported as such."""
+    """Compile a lowered program and report on it. A program that does not fit gets a report, too.
+
+    Args:
+        lowered: Program lowered for devices of the topology.
+        topology: Slice to compile for.
+        model_flops: FLOPs that the model needs.
+        name: Name of the program, for the table.
+        hint: Advice for a program that does not fit.
+        tokens: See `analyse`.
+        compiler_options: Options of the TPU compiler.
+
+    Raises:
+        JaxRuntimeError: The compiler fails for a reason other than the size of HBM.
+    """
     start = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options)
@@ -145,10 +167,20 @@ def analyse(
     hint: str = _HINT,
     tokens: tuple[int, int] | None = None,
 ) -> CompileReport:
-    """Reads a program that was compiled for `topology`, each array of it given with a sharding over a mesh.
+    """Report on a compiled program.
 
-    tokens: those of a chip and those of a whole sample; an array of one by the other, as no form of attention but the
-    dense one should make, is warned of.
+    Args:
+        compiled: Program compiled for `topology`. Its arguments must have shardings over a mesh.
+        topology: Slice that the program was compiled for.
+        compile_seconds: Duration of the compilation.
+        model_flops: FLOPs that the model needs.
+        name: Name of the program, for the table.
+        hint: Advice for a program that does not fit.
+        tokens: Tokens of a chip and of a whole sample. The report warns of arrays of that size, which only dense
+            attention should need.
+
+    Raises:
+        ValueError: No argument has a NamedSharding.
     """
     chip = topology.chip
     kernels = KernelFlops(model_flops.kernels, model_flops.head_dim)
@@ -191,7 +223,19 @@ def refused(
     name: str = "",
     hint: str = _HINT,
 ) -> CompileReport:
-    """The report of a program that the compiler found too large for HBM. Any other error is raised again."""
+    """Report on a program that the compiler refused because it does not fit into HBM.
+
+    Args:
+        error: Error of the compiler.
+        topology: Slice that was compiled for.
+        compile_seconds: Duration until the error.
+        model_flops: FLOPs that the model needs.
+        name: Name of the program, for the table.
+        hint: Advice for a program that does not fit.
+
+    Raises:
+        Exception: `error` itself, if it has another reason.
+    """
     needed = _needed_bytes(str(error))
     if needed is None:
         raise error
@@ -203,7 +247,7 @@ def refused(
 
 
 def format_table(reports: list[CompileReport]) -> str:
-    """One row a report, then what is to be said about each."""
+    """Format a table with one row per report, followed by their warnings."""
     rows = [_COLUMNS, *(_row(report) for report in reports)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = [
@@ -250,11 +294,11 @@ def _row(report: CompileReport) -> tuple[str, ...]:
 
 
 def _devices(compiled: jax.stages.Compiled) -> list:
-    """Partition number -> device: partitions are numbered in the order of the mesh."""
+    """Return the devices by partition number. Partitions are numbered in the order of the mesh."""
     shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
     mesh = next((s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)), None)
     if mesh is None:
-        raise ValueError("the program has no argument with a NamedSharding, so that its devices are not known")
+        raise ValueError("no argument of the program has a NamedSharding, so its devices are unknown")
     return list(mesh.devices.flat)
 
 
@@ -301,13 +345,13 @@ def _does_not_fit(peak: float, topology: Topology, hint: str) -> tuple[str, ...]
     if over <= 0:
         return ()
     limit = f"the {topology.chip.hbm_gib} GiB of a {topology.chip.name} chip"
-    return (f"does not fit: {over:.2f} GiB more than {limit}; what helps: {hint}",)
+    return (f"does not fit: {over:.2f} GiB more than {limit}; try {hint}",)
 
 
 def _left_out(work: Work) -> tuple[str, ...]:
-    """What the figures lack, so that nobody takes them for whole."""
-    kernels = [f"no FLOPs given for kernel {name}: its time is left out" for name in sorted(work.uncounted_kernels)]
-    loops = [f"the length of loop {name} is not known: counted as one turn" for name in work.unknown_loops]
+    """Return warnings about work that the figures leave out."""
+    kernels = [f"no FLOPs given for kernel {name}; its time is left out" for name in sorted(work.uncounted_kernels)]
+    loops = [f"the length of loop {name} is unknown; counted as one iteration" for name in work.unknown_loops]
     return (*kernels, *loops)
 
 
@@ -317,7 +361,7 @@ def _quadratic(module: Module, tokens: tuple[int, int] | None) -> tuple[str, ...
 
 
 def _needed_bytes(message: str) -> float | None:
-    """The compiler says "... (340.00G) exceeds available HBM (15.75G)" or "Used 17.2G of 15.75G hbm"."""
+    """Parse the needed bytes from "(340.00G) exceeds available HBM (15.75G)" or "Used 17.2G of 15.75G hbm"."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     size = r"([\d.]+)([KMGT]?)"

@@ -1,9 +1,9 @@
-"""Walks the instructions of a compiled program in the order in which a chip runs them, and adds up.
+"""A model of a compiled program's timeline, which walks its instructions in the order in which a chip runs them.
 
-The chip computes one instruction after another; copies between HBM and VMEM and asynchronous collectives run beside
-them. Each instruction takes the longer of its time on the MXU and of its bytes through HBM, so that elementwise work
-costs its bytes only. What a collective takes beyond the computation scheduled between its start and its end is exposed,
-and so is all of a synchronous one. Of the branches of a conditional the longest counts.
+The chip computes one instruction after another. Copies between HBM and VMEM and asynchronous collectives run beside the
+computation. An instruction takes the longer of its time on the MXU and the time of its HBM bytes, so elementwise work
+costs only its bytes. The time of an asynchronous collective beyond the computation between its start and its end is
+exposed, and so is all time of a synchronous one. The longest branch of a conditional counts.
 """
 
 import re
@@ -19,21 +19,26 @@ from mask2dit_jax.tpu.work import COLLECTIVES, hbm_bytes, matmuls, mxu_padding
 
 @dataclass(frozen=True)
 class KernelFlops:
-    """FLOPs that one call of a Pallas kernel executes on a chip; by part of the kernel's name, the longest counts.
+    """The FLOPs that one call of each Pallas kernel executes on a chip.
 
-    head_dim: one side of each of the kernel's products is as narrow as this.
+    Attributes:
+        per_call: Part of a kernel's name -> FLOPs. The longest part that occurs in a name counts.
+        head_dim: Size of the narrow side of each product.
     """
 
     per_call: dict[str, float | int]
     head_dim: int
 
     def of(self, kernel: str) -> float | int | None:
+        """Return the FLOPs of a kernel by its name, or None if they are not given."""
         parts = [part for part in self.per_call if part in kernel]
         return self.per_call[max(parts, key=len)] if parts else None
 
 
 @dataclass
 class CollectiveTotal:
+    """The sum over collectives of one kind."""
+
     count: int = 0
     moved_bytes: float = 0.0
     seconds: float = 0.0
@@ -42,10 +47,21 @@ class CollectiveTotal:
 
 @dataclass
 class Work:
-    """Of one chip. seconds: time by this module's model; exposed and stalled time are parts of it.
+    """The work of one chip.
 
-    kernels: calls by name. collectives: totals by (kind, group size, torus dimensions, "sync" or "async").
-    unknown_loops: loops whose length the text does not tell, counted as one turn.
+    Attributes:
+        matmul_flops: FLOPs of dots and convolutions.
+        matmul_seconds: Their time on the MXU.
+        kernel_flops: FLOPs of Pallas kernels.
+        kernel_seconds: Their time on the MXU.
+        hbm_bytes: Bytes read from and written to HBM.
+        seconds: Total time, including exposed collectives and stalls on copies.
+        collective_seconds: Time of all collectives, hidden or not.
+        exposed_seconds: Their time that computation does not hide.
+        kernels: Number of calls by kernel name.
+        uncounted_kernels: Kernels without given FLOPs, whose time is left out.
+        collectives: Totals by (kind, group size, torus dimensions, "sync" or "async").
+        unknown_loops: Loops of unknown length, counted as one iteration.
     """
 
     matmul_flops: float = 0.0
@@ -62,6 +78,7 @@ class Work:
     unknown_loops: list[str] = field(default_factory=list)
 
     def add(self, other: "Work", times: float | int = 1) -> None:
+        """Add the work of another computation that runs `times` times."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for name, calls in other.kernels.items():
@@ -74,6 +91,13 @@ class Work:
         self.unknown_loops += other.unknown_loops
 
     def count(self, collective: Collective, exposed: float, how: str) -> None:
+        """Count one collective.
+
+        Args:
+            collective: The collective.
+            exposed: Seconds of it that computation does not hide.
+            how: "sync" or "async".
+        """
         key = (collective.kind, collective.group_size, collective.across, how)
         total = self.collectives.setdefault(key, CollectiveTotal())
         total.count += 1
@@ -88,7 +112,7 @@ _SUMS = [name for name, kind in Work.__annotations__.items() if kind is float]
 
 
 def measure(module: Module, chip: Chip, interconnect: Interconnect, kernels: KernelFlops) -> Work:
-    """Everything that one run of a module asks of a chip, loops by the number of their turns."""
+    """Return the work of one run of a module on one chip, with loops multiplied by their trip counts."""
     return _Walk(module, chip, interconnect, kernels).run(Scope(module.entry))
 
 
@@ -109,7 +133,7 @@ class _Walk:
                 work.add(self.run(Scope(called)))
             else:
                 self._step(scope.computation, instruction, work, beside)
-        for collective, ends in beside.collectives.values():  # nobody waits here: the end of the computation does
+        for collective, ends in beside.collectives.values():  # the end of the computation waits for the rest
             _wait(work, collective, ends)
         return work
 
@@ -138,7 +162,7 @@ class _Walk:
             work.seconds = max(work.seconds, beside.copies.pop(instruction.operands[0], 0.0))
             return
         found = _collective(self.module, computation, instruction)
-        # The traffic of a collective is part of its own time, but its fusion may hold matrix products.
+        # The traffic of a collective is part of its own time, but its fusion may contain matrix products.
         self._compute(computation, instruction, 0.0 if found else traffic, work)
         if found is None:
             return
@@ -186,7 +210,7 @@ class _Walk:
 
 @dataclass
 class _Beside:
-    """What runs beside the computation, and when it ends. Copies queue, and so do collectives that share links."""
+    """The copies and collectives beside the computation, and when they end. Those that share a resource queue."""
 
     copies: dict[str, float] = field(default_factory=dict)
     copies_until: float = 0.0
@@ -197,7 +221,7 @@ class _Beside:
         self.collectives[key] = collective, max([now, *before]) + collective.seconds
 
     def hold_up(self, synchronous: Collective) -> None:
-        """What is under way on the same links ends later by a synchronous collective, which is not hidden at all."""
+        """Delay running collectives on the same links by a synchronous one."""
         for key, (other, ends) in self.collectives.items():
             if _share_links(other, synchronous):
                 self.collectives[key] = other, ends + synchronous.seconds
@@ -217,7 +241,15 @@ def _wait(work: Work, collective: Collective, ends: float) -> None:
 
 @dataclass(frozen=True)
 class _Found:
-    """phase: "sync", or "start" and "done" with the same key. operation, inside: the collective and where it stands."""
+    """A collective, its start or its end.
+
+    Attributes:
+        phase: "sync", "start" or "done".
+        key: Connects a start with its end.
+        kind: Kind of the collective.
+        operation: Instruction of the collective.
+        inside: Computation that contains `operation`.
+    """
 
     phase: str
     key: str | None = None
@@ -227,11 +259,11 @@ class _Found:
 
 
 def _collective(module: Module, computation: Computation, instruction: Instruction) -> _Found | None:
-    """The collective that an instruction is, starts or ends.
+    """Return the collective that an instruction is, starts or ends, or None.
 
-    On a TPU that is one instruction; a pair X-start, X-done; a send to other slices, which ends with the answer; or
-    a fusion: one that reduces and keeps its shard (an all-reduce and a slice, in XLA's words), or a pair of fusions
-    that start and end it, with others between them that push it on beside their own work and carry its chain_id.
+    On a TPU, a collective can be a single instruction, a pair X-start and X-done, a send to other slices that ends with
+    the reply, or fusions. A single fusion reduces and keeps its shard (an all-reduce and a slice in HLO). A pair of
+    fusions starts and ends a collective; fusions between them advance it beside their own work and carry its chain_id.
     """
     opcode = instruction.opcode
     base = opcode.removesuffix("-start")

@@ -1,4 +1,4 @@
-"""What one instruction asks of a chip: matrix FLOPs, the time they take on the MXU, and bytes through HBM."""
+"""The work of one instruction: matrix FLOPs, the time they take on the MXU, and bytes through HBM."""
 
 import math
 from dataclasses import dataclass
@@ -13,28 +13,47 @@ _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "partition-id",
     "replica-id", "after-all", "send", "recv", "optimization-barrier", "iota", "async-start", "async-update", "domain",
 }  # fmt: skip
-# Targets that name or place a buffer and move nothing.
+# Custom calls that name or place a buffer but move no data.
 _NO_TRAFFIC_TARGETS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "AsyncCollective")
 
 
 @dataclass(frozen=True)
 class Matmuls:
-    """flops: 2 x multiply-adds. mxu_flops: what the unit is busy for, in FLOPs at its peak rate."""
+    """The matrix products of an instruction.
+
+    Attributes:
+        flops: 2 x multiply-adds.
+        mxu_flops: Time that the matrix unit is busy, in FLOPs at its peak rate.
+    """
 
     flops: float = 0.0
     mxu_flops: float = 0.0
 
     def __add__(self, other: "Matmuls") -> "Matmuls":
+        """Return the sum of both."""
         return Matmuls(self.flops + other.flops, self.mxu_flops + other.mxu_flops)
 
 
 def mxu_padding(contracted: float, columns: float, width: int) -> float:
-    """Times longer than at peak a product takes whose sides do not fill the width x width unit; 64 on 128 takes 2."""
+    """Return the slowdown of a product whose sides do not fill the width x width unit, such as 2 for 64 on 128.
+
+    Args:
+        contracted: Size of the contracted dimension.
+        columns: Size of the other dimension that lies in the unit.
+        width: Side of the matrix unit.
+    """
     return math.prod(math.ceil(size / width) * width / size for size in (contracted, columns) if size)
 
 
 def matmuls(module: Module, computation: Computation, instruction: Instruction, mxu_width: int) -> Matmuls:
-    """Of a dot, a convolution (to which the TPU compiler turns most dots), or all those inside a fusion."""
+    """Return the products of a dot, a convolution (into which the TPU compiler turns most dots), or a whole fusion.
+
+    Args:
+        module: Module of the instruction.
+        computation: Computation that contains the instruction.
+        instruction: Any instruction; most have no products.
+        mxu_width: Side of the matrix unit.
+    """
     if instruction.opcode in ("fusion", "call", "async-start"):
         inner = module[instruction.called("calls") or instruction.called("to_apply")]
         each = (matmuls(module, inner, i, mxu_width) for i in inner.instructions.values())
@@ -44,13 +63,13 @@ def matmuls(module: Module, computation: Computation, instruction: Instruction, 
     measure = _dot if instruction.opcode == "dot" else _convolution
     rows, contracted, columns, batch = measure(computation, instruction)
     flops = 2.0 * batch * rows * contracted * columns
-    # Either operand may be the one that stays in the unit, so the better of the two fits counts.
+    # Either operand may stay in the unit, so the better fit counts.
     padding = min(mxu_padding(contracted, side, mxu_width) for side in (rows, columns))
     return Matmuls(flops, flops * padding * _passes(instruction))
 
 
 def _passes(instruction: Instruction) -> int:
-    """Runs through the bf16 unit that a product takes: a float32 one of precision "highest" six, "high" three."""
+    """Return the number of bf16 passes of a product: six for float32 of precision "highest", three for "high"."""
     precision = instruction.attribute(r"operand_precision=\{(\w+)")
     return {"highest": 6, "high": 3}.get(precision, 1)
 
@@ -67,10 +86,11 @@ def _dot(computation: Computation, dot: Instruction) -> tuple[float, float, floa
 
 
 def _convolution(computation: Computation, convolution: Instruction) -> tuple[float, float, float, float]:
-    """(rows, contracted, columns, batch) of the product that a convolution is; taps that fall into padding do no work.
+    """Return (rows, contracted, columns, batch) of a convolution as a product. Taps in the padding do no work.
 
-    The compiler writes products with batch or head dimensions as convolutions that dimension by dimension have as many
-    taps as places, of which one a place meets the image: a batch, or more columns if the image has only one element.
+    The compiler writes products with batch or head dimensions as convolutions. Each such dimension has as many taps as
+    output positions, and at each position a single tap meets the image. That is a batch dimension, or additional
+    columns if the image has only one element.
     """
     image, kernel = (computation.arrays_of(operand)[0].dims for operand in convolution.operands[:2])
     result = convolution.arrays[0].dims
@@ -111,17 +131,17 @@ def _window(convolution: Instruction, dims: int) -> dict[str, list[int]]:
 def _taps_that_meet(
     elements: int, taps: int, places: int, *, stride: int, image_dilation: int, kernel_dilation: int, low: int
 ) -> int:
-    """(place, tap) pairs of one spatial dimension that meet an element of the image, not padding or a gap."""
+    """Count the (position, tap) pairs of a spatial dimension that meet an element of the image, not padding or gaps."""
     at = (np.arange(places) * stride)[:, None] + np.arange(taps)[None] * kernel_dilation - low
     inside = (at >= 0) & (at <= (elements - 1) * image_dilation) & (at % image_dilation == 0)
     return int(np.count_nonzero(inside))
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Bytes that an instruction outside a fusion reads from and writes to HBM, each array once.
+    """Return the bytes that an instruction outside a fusion reads from and writes to HBM, counting each array once.
 
-    A slice taken inside a fusion counts as the slice and an update in place as the update: a scanned model would
-    otherwise seem to read all its layers at every layer. Arrays that the compiler keeps in VMEM cost nothing.
+    A slice taken inside a fusion counts as the slice, and an update in place as the update. Otherwise a scanned model
+    would seem to read all layers in every layer. Arrays that the compiler keeps in VMEM cost nothing.
     """
     opcode = instruction.opcode
     if opcode in _NO_TRAFFIC or opcode.endswith("-done"):
@@ -185,6 +205,6 @@ def _written_bytes(computation: Computation, result: Instruction) -> float:
         result = computation.instructions[result.operands[0]]
     if result.opcode == "dynamic-update-slice":
         return computation.arrays_of(result.operands[1])[0].bytes
-    if result.opcode in ("parameter", *COLLECTIVES):  # handed through beside a collective under way
+    if result.opcode in ("parameter", *COLLECTIVES):  # passed through beside a running collective
         return 0.0
     return math.fsum(array.bytes for array in result.arrays)

@@ -9,8 +9,6 @@ nothing can be renamed, the last file written marks the checkpoint as complete. 
 
 import contextlib
 import errno
-import functools
-import logging as std_logging
 import sys
 from typing import Any
 
@@ -74,26 +72,7 @@ def open_manager(workdir: epath.PathLike, *, keep: int, keep_every: int = 0, asy
         cleanup_tmp_directories=True,
         enable_async_checkpointing=asynchronous,
     )
-    _ignore_late_answers()
     return Manager(absolute(folder), options=options)
-
-
-@functools.cache
-def _ignore_late_answers() -> None:
-    """Keep Python from printing tracebacks of work that nobody waits for any more.
-
-    When Orbax cannot read or write one array of a checkpoint, it leaves the others under way. Their outcomes would be
-    printed as one traceback each.
-    """
-    hook = sys.unraisablehook
-
-    def report(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = report
-    late = "exception was never retrieved"
-    std_logging.getLogger("asyncio").addFilter(lambda record: late not in record.getMessage())
 
 
 def save(manager: Manager, state: TrainState, record: dict[str, Any]) -> None:

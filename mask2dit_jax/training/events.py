@@ -1,7 +1,7 @@
-"""TensorBoard's file of a run, written by the thread that logs.
+"""A run's TensorBoard event file, written by the thread that logs.
 
-tensorboardX makes the events and the records. Its own SummaryWriter hands them to a thread, which a full disk kills
-with a traceback wherever the run happens to be.
+tensorboardX encodes the events and records. Its SummaryWriter is not used, because it writes from a thread that a full
+disk kills with a traceback in the middle of a run.
 """
 
 import math
@@ -23,7 +23,11 @@ FLUSH_SECONDS = 60
 
 @contextmanager
 def open_event_file(folder: epath.PathLike) -> Iterator["EventFile | None"]:
-    """Of the first process; None on the others. However a run ends, what was logged is written."""
+    """Yield an event file in the first process and None in the others. All events are written however the run ends.
+
+    Args:
+        folder: Local folder, or gs:// with google-cloud-storage installed.
+    """
     if jax.process_index() != 0:
         yield None
         return
@@ -35,28 +39,35 @@ def open_event_file(folder: epath.PathLike) -> Iterator["EventFile | None"]:
 
 
 class EventFile:
-    """Events reach the disk once in a while, and at the end.
+    """An event file, flushed every FLUSH_SECONDS and at the end.
 
-    What finds no room there is lost and said; the next event begins a new file, since the old one may end within a
-    record. TensorBoard reads all files of a folder as one run.
+    An event that cannot be written is lost, with a warning. The next event then starts a new file, because the old one
+    may end in the middle of a record. TensorBoard reads all files of a folder as one run.
     """
 
     def __init__(self, folder: epath.PathLike):
-        """folder: local, or gs:// with google-cloud-storage installed."""
+        """Remember the folder. The file is created by the first event.
+
+        Args:
+            folder: Local folder, or gs:// with google-cloud-storage installed.
+        """
         self._folder = str(folder)
         self._writer, self._num_opened, self._flushed = None, 0, -math.inf
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a number."""
         self._add(summary.scalar(name, value), step)
 
     def add_text(self, name: str, text: str, step: int) -> None:
+        """Add a text."""
         self._add(summary.text(name, text), step)
 
     def add_image(self, name: str, image: np.ndarray, step: int) -> None:
-        """image: (h w c) uint8."""
+        """Add an image, (h w c) uint8."""
         self._add(summary.image(name, image, dataformats="HWC"), step)
 
     def close(self) -> None:
+        """Write all events and close the file."""
         if self._writer:
             self._try(self._writer.close)
             self._writer = None
@@ -64,14 +75,16 @@ class EventFile:
     def _add(self, made, step: int) -> None:
         event = Event(wall_time=time.time(), step=step, summary=made)
         self._try(lambda: self._opened().write_event(event))
-        if self._writer and time.monotonic() - self._flushed > FLUSH_SECONDS:  # a whole file goes up to gs://
+        if (
+            self._writer and time.monotonic() - self._flushed > FLUSH_SECONDS
+        ):  # in a bucket, a flush uploads the whole file
             self._try(self._writer.flush)
             self._flushed = time.monotonic()
 
     def _opened(self) -> EventsWriter:
         if self._writer is None:
             directory_check(self._folder)
-            suffix = f".{self._num_opened}" if self._num_opened else ""  # the name alone tells seconds apart
+            suffix = f".{self._num_opened}" if self._num_opened else ""  # names of files differ only by the second
             self._writer = EventsWriter(f"{self._folder}/events", suffix)
             self._num_opened += 1
         return self._writer
@@ -79,8 +92,8 @@ class EventFile:
     def _try(self, write) -> None:
         try:
             write()
-        except Exception as error:  # of a disk or of gs://; no figure is worth the run it is about
-            logging.warning("what was to be shown could not be written to %s: %s", self._folder, _short(error))
+        except Exception as error:  # from a disk or a bucket; no figure is worth the run
+            logging.warning("cannot write events to %s: %s", self._folder, _short(error))
             self._writer = None
 
 

@@ -1,4 +1,4 @@
-"""What a run shows of itself while it goes: TensorBoard scalars, a window of steps at a time."""
+"""The log of a running training, which writes TensorBoard scalars for a window of steps at a time."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ from mask2dit_jax.training.step import NUM_BUCKETS
 
 
 class MetricsLog:
-    """Writes a window of steps at a time, one window late: reading a metric never waits for the step in flight."""
+    """A log that writes each window of steps one window late, so that it never waits for the step in flight."""
 
     def __init__(
         self,
@@ -28,11 +28,15 @@ class MetricsLog:
         max_skipped: int = 10,
         skipped_items: Mapping[str, str] | None = None,
     ):
-        """Args:
-        events: of the process that writes; None on the others.
-        rate: the learning rate of a step.
-        max_skipped: so many updates in a row may be skipped before `add` raises a UserError.
-        skipped_items: name of each item of the data that is left out, and why; may grow while training.
+        """Start the first window.
+
+        Args:
+            events: Event file of the process that writes; None on the others.
+            every: Number of steps in a window.
+            rate: Maps a step to its learning rate.
+            samples_per_step: Global batch size.
+            max_skipped: Number of consecutive skipped updates at which `add` raises a UserError.
+            skipped_items: Name -> reason of each data item that is left out. May grow during training.
         """
         self._events, self._every, self._rate = events, every, rate
         self._samples, self._max_skipped = samples_per_step, max_skipped
@@ -43,20 +47,21 @@ class MetricsLog:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """Measure the time of the block as time spent waiting for data."""
         begun = time.monotonic()
         yield
         self._waited += time.monotonic() - begun
 
     def add(self, step: int, metrics: Mapping[str, Any], flops: float = 0.0) -> dict[str, str]:
-        """Returns what a progress bar shows: the newest means that are written.
+        """Add a step, and return the newest written means for a progress bar.
 
         Args:
-            metrics: of `train_step`, as it gives them.
-            flops: what the step had to compute, on all chips together.
+            step: Number of the step.
+            metrics: Metrics that `train_step` returned, still on the device.
+            flops: Matrix FLOPs that the model needs for the step, on all chips together.
 
         Raises:
-            UserError: too many updates in a row were skipped; up to a window late.
+            UserError: Too many consecutive updates were skipped. This is raised up to a window late.
         """
         self._pending.append(metrics)
         self._step = step
@@ -67,13 +72,13 @@ class MetricsLog:
         return self._shown
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Scalars of another origin."""
+        """Write scalars of another origin, such as validation."""
         if self._events:
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
 
     def flush(self):
-        """Writes what is left; the last window may be a short one."""
+        """Write the remaining windows. The last one may be short."""
         self._write()
         if self._pending:
             self._close_window()
@@ -106,7 +111,7 @@ class MetricsLog:
         if in_a_row >= self._max_skipped:
             raise UserError(
                 f"{in_a_row} updates in a row, up to step {step}, were skipped because loss or gradient were not "
-                "finite; the parameters are those of before: lower optimizer.learning_rate, or look at the data"
+                "finite, and the parameters are unchanged; lower optimizer.learning_rate, or check the data"
             )
 
     def _name_skipped(self, step: int):
@@ -118,7 +123,7 @@ class MetricsLog:
 
 
 def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of the steps of a window; a step whose update was skipped counts for no mean."""
+    """Return the means over the steps of a window, without steps whose update was skipped."""
     total = {name: np.sum([metrics[name] for metrics in window], axis=0) for name in window[0]}
     updated = [metrics for metrics in window if metrics["is_updated"]]
     scalars = {
@@ -127,7 +132,9 @@ def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
     scalars["skipped_updates"] = float(window[-1]["skipped"])
     if len(updated) < len(window):
-        logging.warning("%d of %d updates skipped: not finite", len(window) - len(updated), len(window))
+        logging.warning(
+            "skipped %d of %d updates because they were not finite", len(window) - len(updated), len(window)
+        )
     for kind in ("fixed", "extension"):
         if total[f"num_{kind}"]:
             scalars[f"loss_{kind}"] = float(total[f"loss_{kind}_sum"] / total[f"num_{kind}"])
@@ -138,7 +145,7 @@ def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _utilisation(flops_per_second: float) -> dict[str, float]:
-    """Of one chip."""
+    """Return the FLOP/s of one chip, and their share of its peak if the peak is known."""
     if not flops_per_second:
         return {}
     scalars = {"tflops_per_second_a_chip": flops_per_second / 1e12}
@@ -147,7 +154,7 @@ def _utilisation(flops_per_second: float) -> dict[str, float]:
 
 
 def _memory() -> dict[str, float]:
-    """Of the fullest device here; a CPU has no such figures."""
+    """Return the memory use of this process's fullest device. A CPU has no such figures."""
     stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
     return {

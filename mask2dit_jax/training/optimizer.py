@@ -1,4 +1,4 @@
-"""The optimiser: AdamW behind clipping by the global norm, and its learning rate."""
+"""AdamW with warm-up and clipping. The learning rate is the paper's; the other defaults are from the authors' code."""
 
 import optax
 
@@ -16,7 +16,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return the gradient transformation of a config."""
+    """Return clipping by the global norm followed by AdamW."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

@@ -157,14 +157,15 @@ def test_processes_share_the_shards(complete, scan, tmp_path, count):
 
 
 PROGRAM = """
-import sys, time
+import os, sys, time
 from tests.curate.test_build_records import build, clips_in, encode
 
-def slowly(clip):
-    time.sleep(0.05)
+def waiting_for_its_end(clip):
+    while os.path.exists(sys.argv[2]) and len(os.listdir(sys.argv[2])) >= int(sys.argv[3]):
+        time.sleep(0.01)
     return encode(clip)
 
-build(sys.argv[2], clips_in(sys.argv[1]), encode=slowly)
+build(sys.argv[2], clips_in(sys.argv[1]), encode=waiting_for_its_end)
 """
 
 
@@ -172,7 +173,7 @@ def test_kill_9_at_any_moment(complete, scan, tmp_path):
     target = tmp_path / "latents"
     program = [sys.executable, "-c", PROGRAM, str(scan.clips[0].path.parent), str(target)]
     for num_files in (1, 9):  # killed when so many are there, some of them hidden and half written
-        with subprocess.Popen(program, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen([*program, str(num_files)], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and not (target.exists() and len(os.listdir(target)) >= num_files):
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)

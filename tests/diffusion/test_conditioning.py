@@ -1,4 +1,4 @@
-"""The conditional mask: which scenes are known, what the model sees of them, and what the loss counts."""
+"""Tests the conditional mask: which scenes are known, what the model sees of them, and which scenes the loss counts."""
 
 import jax
 import jax.numpy as jnp

@@ -1,3 +1,5 @@
+"""Tests guidance and its scale at each sampling step."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""Tests the samplers' steps and coefficients. tests/parity compares them with diffusers."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def normal(seed, shape=(2, 3, 4, 4, 2)):
 
 
 def denoise_towards(x0, sampler):
-    """Samples with the velocity of a model that knows the answer: at any x_t and t, it points at x0."""
+    """Sample with a perfect model, whose velocity points to x0 from any x_t and t."""
     alphas = jnp.asarray(SCHEDULE.alphas_cumprod, jnp.float32)
     x = normal(1, x0.shape)
     state = sampler.init(x)
@@ -67,7 +69,7 @@ def test_official_and_sound_differ_only_where_the_count_does_not_divide():
 
 @pytest.mark.parametrize("previous_timestep", ["official", "sound"])
 def test_dpm_keeps_the_right_amount_of_noise(previous_timestep):
-    """A model that knows x0 leaves x_t ~ N(sqrt(abar) x0, 1 - abar) after a step from pure noise."""
+    """With a perfect model, x_t ~ N(sqrt(abar) x0, 1 - abar) after a step from pure noise."""
     sampler = sampler_of("dpm", 10, previous_timestep)
     shape = (1, 1, 100, 100, 4)
     x0, x = jnp.full(shape, 0.5), normal(1, shape)

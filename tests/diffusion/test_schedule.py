@@ -1,3 +1,5 @@
+"""Tests the noise schedule and its config. tests/parity compares it with diffusers."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Compiled programs outlive the process, in the place that is named or else the user's cache."""
+"""Tests that compiled programs outlive the process, in the folder that was set or in the user's cache."""
 
 import os
 import subprocess

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+PATIENCE = 600  # seconds, hundreds of times what anything here takes
 SETTINGS = {
     **{"PROJECT": "my-project", "ZONE": "us-west4-a", "NAME": "pod", "BUCKET": "gs://bucket/runs"},
     **{"ACCELERATOR": "v5litepod-16", "RUNTIME_VERSION": "v2-alpha-tpuv5-lite"},
@@ -32,7 +33,7 @@ class Cloud:
             **{"STAND_IN": str(self.folder), **SETTINGS, **settings},
         }
         command = [str(self.checkout / "launch" / script), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
     def succeed(self, script: str, *arguments: str, **settings: str) -> str:
         finished = self.run(script, *arguments, **settings)
@@ -72,7 +73,8 @@ class Cloud:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
+    """Return as soon as `condition` holds."""
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "it does not happen"
         time.sleep(0.05)

@@ -4,6 +4,7 @@ A worker is a folder, its HOME; the bucket is one too. $STAND_IN holds them, the
 `refuse` names commands that fail, `states` are what a queued slice goes through, `preempt` takes the slice away.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -80,7 +81,9 @@ def on_worker(number, command):
 def copy(names, flags):
     source, target = map(local, names[2:])
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(source, target)
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    shutil.copy(source, partial)
+    partial.rename(target)  # an object in a bucket is whole or not there
 
 
 def sync(names, flags):
@@ -109,10 +112,8 @@ def set_up_workers():
 def remove_workers():
     for home in WORKERS:
         for pid in home.glob("mask2dit_jobs/*/pid"):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(pid.read_text()), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         shutil.rmtree(home, ignore_errors=True)
 
 

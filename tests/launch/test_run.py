@@ -133,7 +133,7 @@ def test_stop_kills_what_does_not_end(ready):
     ready.succeed("run.sh", "train")
     wait_for(lambda: len(list(ready.folder.glob("deaf_*"))) == 2)
     locks = [path.open() for path in ready.folder.glob("deaf_*")]
-    wait_for(lambda: all(map(is_held, locks)))
+    wait_for(lambda: all(map(is_held, locks)))  # from then on they ignore SIGTERM
     ready.succeed("job.sh", "stop", STOP_WAIT="1")
     assert exit_codes(ready) == ["143", "143"]
     wait_for(lambda: not any(map(is_held, locks)))

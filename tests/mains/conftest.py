@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,24 +51,28 @@ class Commands:
 
     shared: Path
     compiled: Path
+    failing: process.Shared
 
     def __call__(self, main: str, *arguments: object, **environment: str) -> process.Finished:
+        """Run a main in a process of its own."""
         return process.run(self.shared, main, tuple(map(str, arguments)), environment)
 
     def succeed(self, main: str, *arguments: object) -> process.Finished:
+        """Run a main in a process of its own, to exit code 0."""
         finished = self(main, *arguments)
         assert finished.code == 0, finished.stderr
         return finished
 
-    def fail(self, main: str, *arguments: object, **environment: str) -> str:
-        """The one line that tells a user what is wrong; nothing of Python shows."""
-        finished = self(main, *arguments, **environment)
-        assert finished.code == 1, (finished.code, finished.stderr)
-        assert "Traceback" not in finished.stderr + finished.stdout
-        *before, line = finished.stderr.removesuffix("\n").split("\n")
-        assert line.startswith("error: "), finished.stderr
-        assert not [other for other in before if "error" in other.lower()], finished.stderr
-        return line
+    def fail(self, main: str, *arguments: object) -> str:
+        """Return the one line that tells a user what is wrong; nothing of Python shows.
+
+        All command lines that fail share a process.
+        """
+        return error_line(self.failing.run(main, tuple(map(str, arguments))))
+
+    def fail_alone(self, main: str, *arguments: object, **environment: str) -> str:
+        """As `fail`, in a process of its own."""
+        return error_line(self(main, *arguments, **environment))
 
     def train_flags(self, stage: str, workdir: Path, data: Path, *more: str, **fields: object) -> tuple[object, ...]:
         return (
@@ -77,15 +82,27 @@ class Commands:
         )
 
 
+def error_line(finished: process.Finished) -> str:
+    """Return the last line of stderr, after checking that it alone reports an error, with exit code 1."""
+    assert finished.code == 1, (finished.code, finished.stderr)
+    assert "Traceback" not in finished.stderr + finished.stdout
+    *before, line = finished.stderr.removesuffix("\n").split("\n")
+    assert line.startswith("error: "), finished.stderr
+    assert not [other for other in before if "error" in other.lower()], finished.stderr
+    return line
+
+
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory) -> Commands:
+def commands(tmp_path_factory) -> Iterator[Commands]:
     shared = tmp_path_factory.mktemp("shared")
     is_one_of_several = "PYTEST_XDIST_WORKER" in os.environ
     base = tmp_path_factory.getbasetemp()
     compiled = (base.parent if is_one_of_several else base) / "compiled"
     with pytest.MonkeyPatch.context() as environment:
         set_environment(environment, shared, compiled)
-    return Commands(shared, compiled)
+    failing = process.Shared(tmp_path_factory.mktemp("failing"))
+    yield Commands(shared, compiled, failing)
+    failing.close()
 
 
 def set_environment(environment: pytest.MonkeyPatch, shared: Path, compiled: Path) -> None:

@@ -44,7 +44,7 @@ class Job:
         return all(p.exitcode is None for p in self._processes)
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
-        """Or until it has ended."""
+        """Wait until it happened or the job has ended."""
         while self.is_running and not happened():
             time.sleep(0.001)
 
@@ -58,13 +58,13 @@ class Job:
 
 
 def steps(workdir: Path) -> list[int]:
-    """Of the checkpoints that are complete."""
+    """Return the steps of the checkpoints that are complete."""
     found = workdir / "checkpoints"
     return sorted(int(path.name) for path in found.iterdir() if path.name.isdigit()) if found.exists() else []
 
 
 def half_written(workdir: Path) -> set[tuple[str, int]]:
-    """What is being saved, or was when a run was killed: each with the time it was last changed."""
+    """Return what is being saved, or was when a run was killed, each with the time it was last changed."""
     found = set()
     for path in (workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"):
         with contextlib.suppress(FileNotFoundError):
@@ -75,7 +75,7 @@ def half_written(workdir: Path) -> set[tuple[str, int]]:
 def kill_again_and_again(
     start: Callable[[], Job], workdir: Path, kills: int, rng: random.Random, sent: signal.Signals = signal.SIGKILL
 ) -> list[str]:
-    """Returns what each kill met; the last start is left to run to its end."""
+    """Return what each kill met; the last start is left to run to its end."""
     met = []
     for number in range(kills):
         left, before = half_written(workdir), steps(workdir)
@@ -115,7 +115,8 @@ def main():
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as environment:
         folder = Path(name)
         conftest.set_environment(environment, folder, folder / "compiled")
-        commands, dataset = Commands(folder, folder / "compiled"), conftest.make_dataset(folder / "data")
+        commands = Commands(folder, folder / "compiled", process.Shared(folder))
+        dataset = conftest.make_dataset(folder / "data")
         reference, killed = folder / "reference", folder / "killed"
 
         def start(workdir):

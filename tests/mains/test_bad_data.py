@@ -49,6 +49,7 @@ def test_damaged_video(commands, tmp_path, clips, stage, damage, told):
     assert "remove" in line
 
 
+@pytest.mark.slow
 def test_damaged_videos_can_be_skipped(commands, tmp_path, clips):
     dataset = Dataset.write(tmp_path, [*clips, make_clip(tmp_path, "short", "a short picture", count=4)])
     truncate(clips[2].path)
@@ -73,6 +74,7 @@ def test_fewer_clips_than_scenes(commands, tmp_path, clips):
     assert "2 usable clips are too few for num_scenes=3; add clips or lower num_scenes" in line
 
 
+@pytest.mark.slow
 def test_groups_with_too_few_scenes(commands, tmp_path, clips):
     groups = [Group("long", tuple(clips)), Group("pair", tuple(clips[:2]))]
     write_sft_json(tmp_path / "sft.json", groups)

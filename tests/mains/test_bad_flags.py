@@ -60,6 +60,11 @@ def test_train(commands, dataset, tmp_path, flag, told):
     assert all(words in line for words in told), line
 
 
+@pytest.mark.parametrize("main", ["train", "sample", "port_weights", "build_data", "evaluate"])
+def test_a_process_of_its_own_ends_as_the_shared_one_does(commands, main):
+    assert commands.fail_alone(main) == commands.fail(main)
+
+
 def test_a_bucket_without_its_package(commands, dataset, tmp_path):
     """In a process of its own, as whatever is installed is hidden from it."""
     (tmp_path / "gcsfs.py").write_text("raise ImportError('not installed')")
@@ -157,10 +162,10 @@ def test_other_command_lines(commands, main, flags, told):
 def test_a_batch_is_shared_out_over_all_devices(commands, dataset, tmp_path):
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, global_batch_size=3, mesh__fsdp=2)
-    line = commands.fail("train", *flags, **devices)
+    line = commands.fail_alone("train", *flags, **devices)
     assert "global_batch_size=3 does not divide over mesh.data x mesh.fsdp = 2; use a multiple of 2" in line
     flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, mesh__tensor=3)
-    assert "does not fit 2 devices; set --config.mesh.AXIS" in commands.fail("train", *flags, **devices)
+    assert "does not fit 2 devices; set --config.mesh.AXIS" in commands.fail_alone("train", *flags, **devices)
 
 
 def test_folders_that_cannot_be_written(commands, dataset, pretrain_workdir, tmp_path):

@@ -64,7 +64,7 @@ def test_a_story_is_made_from_it_and_written_there(run, bucket, trained):
     made = {name.removeprefix("story/") for name in bucket.objects if name.startswith("story/")}
     assert {"story.mp4", "scene_04.mp4", "latents/scene_04.npz", "index.html", "storyboard.png", "run.json"} <= made
     before = dict(bucket.objects)
-    assert "made already: scenes 1-4" in run("sample", *flags).stderr
+    assert "finished already: scenes 1-4" in run("sample", *flags).stderr
     latents = [name for name in made if name.startswith("latents/")]
     assert all(bucket.objects[f"story/{name}"] is before[f"story/{name}"] for name in latents)
 

@@ -160,6 +160,6 @@ def test_updates_that_are_never_finite_end_the_run(commands, dataset, tmp_path):
         "num_steps": 200,
         "max_skipped_updates": 3,
     }
-    line = commands.fail("train", *commands.train_flags("sft", tmp_path / "run", dataset.json, **fields))
+    line = commands.fail_alone("train", *commands.train_flags("sft", tmp_path / "run", dataset.json, **fields))
     assert "updates in a row" in line
     assert "lower optimizer.learning_rate" in line

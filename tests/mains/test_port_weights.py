@@ -79,6 +79,7 @@ def test_bfloat16(commands, ported, tmp_path):
         assert {value.dtype.name for value in tensors(tmp_path / "half" / name).values()} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_a_ported_workdir_samples_the_same_as_its_directory(commands, authors, ported, tmp_path):
     for name, pretrained in (("authors", authors), ("ported", ported)):
         fields = settings(
@@ -112,6 +113,7 @@ def exported(commands, diffusers_directory, dataset, tmp_path_factory):
     return folder / "run", folder / "export"
 
 
+@pytest.mark.slow
 def test_diffusers_computes_the_same_with_a_trained_transformer(diffusers_directory, exported):
     run, export = exported
     reference = CogVideoXTransformer3DModel.from_pretrained(export / "transformer").eval()
@@ -137,6 +139,7 @@ def test_diffusers_computes_the_same_with_a_trained_transformer(diffusers_direct
     assert_close(actual, expected.transpose(0, 1, 3, 4, 2), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_diffusers_computes_the_same_with_an_exported_vae(exported):
     reference = AutoencoderKLCogVideoX.from_pretrained(exported[1] / "vae").eval()
     vae = port.load_module(exported[1], "vae", dtype=jnp.float32)
@@ -146,6 +149,7 @@ def test_diffusers_computes_the_same_with_an_exported_vae(exported):
     assert_close(nnx.jit(VAE.encode)(vae, jnp.asarray(pixels)).mean, expected.transpose(0, 2, 3, 4, 1), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same_with_an_exported_text_encoder(exported):
     reference = T5EncoderModel.from_pretrained(exported[1] / "text_encoder").eval()
     encoder = port.load_module(exported[1], "text_encoder", dtype=jnp.float32)

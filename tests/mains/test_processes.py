@@ -47,9 +47,11 @@ def test_training(commands, dataset, pretrain_workdir, tmp_path):
 def test_one_that_fails_alone_ends_at_once_and_says_why(commands, dataset, tmp_path):
     """On its way out JAX would wait five minutes for the other, which waits for it."""
     flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, mesh__fsdp=2)
-    start = time.monotonic()
-    other, failed = train_together(commands, 2, tmp_path / "processes", flags, last=["--config.data.path=nowhere.csv"])
+    folder = tmp_path / "processes"
+    other, failed = train_together(commands, 2, folder, flags, last=["--config.data.path=nowhere.csv"])
+    end = time.time()
     assert failed.code == 1
     assert failed.stderr.splitlines()[-1].startswith("error: nowhere.csv")
     assert other.code != 0
-    assert time.monotonic() - start < 150
+    said_why = (folder / "1" / "stderr").stat().st_mtime
+    assert end - said_why < 250  # counted from there, as a busy machine takes long to start

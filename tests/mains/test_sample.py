@@ -64,6 +64,7 @@ def test_report(commands, story, dataset):
     assert finished.code == (report["correct"] < 4)
 
 
+@pytest.mark.slow
 def test_a_seed_is_a_story(commands, story, pretrain_workdir, tmp_path):
     """The storyboard holds frames as they were sampled; x264 now and then codes the same ones another way."""
     sample(commands, tmp_path / "again", pretrain_workdir)

@@ -136,7 +136,7 @@ def test_another_schedule_is_another_story(commands, story, pretrain_workdir, tm
     assert "replaced" not in commands.succeed("sample", *asked).stderr
     path.write_text(json.dumps(json.loads(path.read_text()) | {"snr_shift_scale": 2.0}))
     told = commands.succeed("sample", *asked).stderr
-    assert "made already: scene 1\n" in told
+    assert "finished already: scene 1\n" in told
     assert "to be replaced: scenes 2-4, made with other settings" in told
 
 
@@ -162,6 +162,7 @@ def test_stories_and_seeds(commands, story, pretrain_workdir, tmp_path):
     assert written(tmp_path / "out" / "seed_3") == before
 
 
+@pytest.mark.slow
 def test_processes_share_the_stories_out(commands, pretrain_workdir, tmp_path):
     names = ("first", "second", "third")
     files = [tmp_path / f"{name}.yaml" for name in names]

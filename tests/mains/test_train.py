@@ -74,6 +74,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(commands, dataset, pretrain
     assert "start: resuming step 4" in log
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(commands, dataset, pretrain_workdir, straight, tmp_path):
     sft(commands, tmp_path / "other", dataset, pretrain_workdir, num_steps=2, seed=1, log_every=3)
     assert differ(read(tmp_path / "other", 2), read(straight[0], 2))

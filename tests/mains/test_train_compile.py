@@ -17,6 +17,7 @@ def compiled(commands, tmp_path, *flags) -> tuple[dict, str]:
     return json.loads(out.read_text()), finished.stdout
 
 
+@pytest.mark.slow
 def test_a_training_job(commands, tmp_path):
     """Eight chips: two shards of samples and, as what is left over, two of tokens for each of two of heads."""
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
@@ -39,12 +40,12 @@ def test_a_training_job(commands, tmp_path):
 def test_sampling(commands, tmp_path):
     """Its checkpoint need not be there yet for a model whose sizes are known; a tiny one's are in its checkpoint."""
     flags = ("--config=configs/sample.py:tiny", "--topology=v5p-8")
-    line = commands.fail("train_compile", *flags, "--config.checkpoint=nowhere")
+    line = commands.fail_alone("train_compile", *flags, "--config.checkpoint=nowhere")
     assert "there is no transformer in nowhere" in line
 
 
 def test_an_unknown_topology(commands):
-    line = commands.fail("train_compile", "--config=configs/sft.py:tiny", "--topology=v9:2x2")
+    line = commands.fail_alone("train_compile", "--config=configs/sft.py:tiny", "--topology=v9:2x2")
     assert "unknown topology 'v9:2x2'" in line
 
 

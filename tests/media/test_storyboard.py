@@ -1,3 +1,5 @@
+"""Tests the storyboard's layout, text and errors."""
+
 import os
 
 import numpy as np
@@ -11,7 +13,7 @@ COLOURS = np.array([[220, 20, 20], [20, 200, 20], [20, 20, 220], [200, 200, 20],
 
 
 def scene(prompt="a street", label="", shape=(64, 96), count=9):
-    """A scene whose frames walk through COLOURS: of 9 frames, the even ones are the five plain colours."""
+    """Make a scene that shows each of COLOURS for two frames. Of 9 frames, the even ones show the five colours."""
     colours = COLOURS[np.arange(count) // 2 % len(COLOURS)]
     return StoryboardScene(prompt, np.broadcast_to(colours[:, None, None], (count, *shape, 3)), label)
 
@@ -23,12 +25,12 @@ def draw(path, scenes):
 
 
 def colour_rows(page, colour):
-    """The rows of the page that hold many pixels of one colour."""
+    """Return the rows of the page that have many pixels of one colour."""
     return np.flatnonzero((page == colour).all(-1).sum(1) > 100)
 
 
 def ink(page):
-    """Dark pixels: text."""
+    """Count the dark pixels, which are text."""
     return (page.max(-1) < 80).sum()
 
 
@@ -61,7 +63,7 @@ def test_frames_of_any_size_fit_on_the_page(tmp_path):
     page = draw(tmp_path / "board.png", [scene(shape=shape) for shape in ((32, 32), (272, 640), (480, 270))])
     assert page.shape[1] < 1500
     for row in colour_rows(page, COLOURS[4]):
-        assert (page[row, -20:] == page[0, 0]).all()  # the margin stays free
+        assert (page[row, -20:] == page[0, 0]).all()  # the margin stays empty
 
 
 def test_long_prompt_is_wrapped_and_shortened(tmp_path):

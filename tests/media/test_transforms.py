@@ -1,3 +1,5 @@
+"""Compares the frame transform with that of the authors' code, and tests where it differs."""
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from mask2dit_jax.media.transforms import fit_frames, resized_shape
 
 
 def official(frames, size):
-    """torchvision's Resize(min(size)) + CenterCrop(size) + Normalize(0.5) on [0, 1], for frames that cover."""
+    """Apply torchvision's Resize(min(size)) + CenterCrop(size) + Normalize(0.5), for frames that cover `size`."""
     height, width = frames.shape[1:3]
     short, long = min(size), int(min(size) * max(height, width) / min(height, width))
     resized = (short, long) if height <= width else (long, short)

@@ -1,4 +1,4 @@
-"""Videos in a row in one file: every frame of every part, untouched."""
+"""Tests that joined videos contain every frame of every part, unchanged."""
 
 import av
 import numpy as np
@@ -16,7 +16,7 @@ def write(path, count: int, size=(48, 80), fps=8):
     return path
 
 
-# One or two frames have no delay between decoding and showing, more have.
+# Videos of one or two frames have no delay between decoding and display; longer ones do.
 @pytest.mark.parametrize("lengths", [(9,), (9, 9, 9), (1, 9, 2, 1), (5, 1, 49), (1, 1)])
 def test_frames_are_those_of_the_parts(tmp_path, lengths):
     parts = [write(tmp_path / f"{number}.mp4", length) for number, length in enumerate(lengths)]
@@ -29,12 +29,12 @@ def test_frames_are_those_of_the_parts(tmp_path, lengths):
         times = [frame.time for frame in container.decode(video=0)]
     np.testing.assert_allclose(times, np.arange(sum(lengths)) / 8)
     whole = (tmp_path / "whole.mp4").read_bytes()
-    assert whole.find(b"moov") < whole.find(b"mdat")  # so that a browser can play it while it loads
+    assert whole.find(b"moov") < whole.find(b"mdat")  # so that a browser can play it while loading
 
 
 def test_parts_that_do_not_go_together(tmp_path):
     parts = [write(tmp_path / "a.mp4", 3), write(tmp_path / "b.mp4", 3, (48, 96))]
-    with pytest.raises(UserError, match=r"b.mp4 is not coded like .*a.mp4; delete it, and it is written again"):
+    with pytest.raises(UserError, match=r"b.mp4 is not encoded like .*a.mp4; delete it to have it written again"):
         join_videos(tmp_path / "whole.mp4", parts)
     parts[1].write_bytes(b"%PDF-1.7")
     with pytest.raises(UserError, match=r"b.mp4: cannot be read .* delete it"):

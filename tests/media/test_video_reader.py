@@ -1,3 +1,5 @@
+"""Tests that frames are read exactly, and that every kind of bad file is named."""
+
 import os
 
 import av
@@ -63,7 +65,7 @@ def test_counts_where_the_header_has_no_count(tmp_path):
 
 @pytest.mark.parametrize("degrees", [90, -90, 180])
 def test_rotation_is_undone(tmp_path, degrees):
-    """Phones store pictures lying down and say how to turn them; the corner marked here tells that we did."""
+    """Phones store frames sideways with a rotation flag. The marked corner shows that the rotation was applied."""
     upright = np.full((5, 32, 48, 3), 60, np.uint8)
     upright[:, :16, :16] = 230
     path = tmp_path / "phone.mp4"
@@ -90,7 +92,7 @@ def test_a_varying_frame_rate_changes_no_frame_number(tmp_path):
 
 def test_odd_sizes(tmp_path):
     frames = numbered_frames(6, 33, 47)
-    frames[:, :, -1] = 255  # the last column is there
+    frames[:, :, -1] = 255  # shows that the last column is read
     write_packets(tmp_path / "odd.mp4", frames, pixels="yuv444p")
     info = probe(tmp_path / "odd.mp4")
     assert (info.num_frames, info.width, info.height) == (6, 47, 33)
@@ -140,7 +142,7 @@ def test_sound_only(tmp_path):
 
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.95])
 def test_truncated(tmp_path, part):
-    """`write_video` puts the index in front, so a cut file still opens and promises all its frames."""
+    """`write_video` puts the index at the front, so a truncated file still opens and promises all of its frames."""
     noise = np.random.default_rng(0).integers(0, 255, (30, 32, 48, 3)).astype(np.uint8)
     path = tmp_path / "cut.mp4"
     write_video(path, noise, 25)

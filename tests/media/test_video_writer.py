@@ -1,3 +1,5 @@
+"""Tests that written videos decode to the same frames and colours, and that failed writes leave nothing behind."""
+
 import importlib.util
 import os
 from pathlib import Path
@@ -48,7 +50,7 @@ def test_plain_colours_keep_their_hue(tmp_path):
 
 
 def test_players_are_told_the_colours(tmp_path):
-    """Browsers guess matrix, primaries and transfer alike where one of them is missing: red came out darker."""
+    """If matrix, primaries or transfer is missing, browsers guess all three, and red came out darker."""
     write_video(tmp_path / "video.mp4", np.zeros((2, 32, 48, 3), np.uint8), 8)
     with av.open(tmp_path / "video.mp4") as container:
         context = container.streams.video[0].codec_context

@@ -1,3 +1,5 @@
+"""Tests the distance between a scene and a shot, and the order of the shots."""
+
 import numpy as np
 import pytest
 

@@ -48,6 +48,7 @@ class MixerConfig:
     sample_frames: int = 49
     num_heads: int = 1
     head_dim: int = 16
+    sample_frames: int = 5
     mask: str = "v2"
     attention: str = "auto"
     remat: str = "none"

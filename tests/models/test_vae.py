@@ -99,6 +99,7 @@ def test_clips_of_a_batch_do_not_see_each_other(vae):
     np.testing.assert_allclose(encode(vae, clips)[1:], encode(vae, clips[1:]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_full_size_shapes_by_eval_shape_alone():
     def round_trip(clip):
         vae = VAE(VAEConfig.cogvideox_5b(), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
@@ -177,6 +178,7 @@ def test_a_config_without_its_widths_is_refused():
         VAEConfig.from_json({"latent_channels": 16})
 
 
+@pytest.mark.slow
 def test_large_chunks_go_frame_by_frame_and_are_the_same(monkeypatch):
     """This form saves memory on a CPU at full size."""
     graph, params = nnx.split(VAE(TINY, rngs=nnx.Rngs(0)))

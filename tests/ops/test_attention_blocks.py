@@ -1,4 +1,4 @@
-"""The plan of blocks against the dense mask at small size, and its waste at full size."""
+"""Compares the plan of blocks with the dense mask at a small size, and limits its waste at full size."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ FULL = SceneLayout.of_equal_scenes(3, 13, (30, 45), 226)
 
 
 def tokens_at_places(arrangement, shard: int) -> np.ndarray:
-    """The token at each place, -1 for padding."""
+    """Return the token at each position, -1 for padding."""
     out = np.full(arrangement.length, -1)
     for run in arrangement.shards[shard]:
         tokens = np.arange(run.start, run.stop) + shard * arrangement.width
@@ -61,7 +61,7 @@ def test_waste_at_full_size(mask, most, context):
 
 
 def dense_pairs(mask: str) -> int:
-    """Pairs that the masks allow at full size, by hand."""
+    """Count by hand the pairs that the mask allows at full size."""
     text, video = 226, 13 * 30 * 45
     own = 3 * (text + video) ** 2
     other_videos, other_texts, crossed = 6 * video**2, 6 * text**2, 12 * text * video
@@ -79,12 +79,12 @@ def test_unequal_scenes_waste_little_either():
 def test_way_is_ulysses_where_heads_divide():
     assert choose_way("auto", heads=48, context=8, tensor=2) == "ulysses"
     assert choose_way("auto", heads=30, context=4, tensor=1) == "gather"
-    with pytest.raises(UserError, match=r"30 heads a tensor shard do not divide over mesh\.context=4"):
+    with pytest.raises(UserError, match=r"30 heads per tensor shard do not divide over mesh\.context=4"):
         choose_way("ulysses", heads=30, context=4, tensor=1)
 
 
 def test_moves_that_differ_by_shard():
-    """Also where one shard moves less than another, or nothing at all."""
+    """The shards differ in the number and the sizes of their moves."""
     shards = ((Move(0, 0, 2), Move(2, 4, 3)), (Move(0, 1, 5),), (Move(3, 0, 2), Move(0, 3, 3)))
     x = jnp.arange(1.0, 6.0)[None, :, None]
     moved = jax.jit(lambda x, shard: move(x, Moves(shards, 8), shard))

@@ -1,4 +1,4 @@
-"""The masks against the matrices drawn in the docstring, and the layout they are made from."""
+"""Compares the masks with the matrices drawn in the module's docstring, and tests the layout behind them."""
 
 import re
 
@@ -13,7 +13,7 @@ UNEQUAL = SceneLayout(frames=(2, 1, 3), grid=(1, 2), text_tokens=3)
 
 
 def drawn_in_docstring() -> dict[str, np.ndarray]:
-    """The five matrices of the module's docstring, rows T1 T2 V1 V2."""
+    """Parse the five matrices from the module's docstring, with rows T1 T2 V1 V2."""
     rows = re.findall(r"^ +[TV][12] +((?:[#.]{4} *){5})$", masks.__doc__, re.MULTILINE)
     columns = zip(*(row.split() for row in rows), strict=True)
     return {f"v{i}": np.array([[c == "#" for c in row] for row in rows]) for i, rows in enumerate(columns, 1)}
@@ -37,7 +37,7 @@ def test_key_runs_cover_exactly_the_allowed_keys(mask):
 
 
 def test_video_keys_of_all_scenes_are_one_run():
-    """Grouped attention copies nothing a scene because every scene's queries use this one slice."""
+    """Because every scene's queries use this one slice, grouped attention copies nothing per scene."""
     runs = [masks.key_runs("v2", UNEQUAL, s) for s in UNEQUAL.segments if not s.is_text]
     assert all(r[-1] == slice(UNEQUAL.num_text_tokens, UNEQUAL.num_tokens) for r in runs)
 

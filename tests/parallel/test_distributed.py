@@ -107,7 +107,7 @@ def test_alone_it_ends_with_one_line():
     )
     told = {"COORDINATOR_ADDRESS": "localhost:9", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
     finished = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **told}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], env={**os.environ, **told}, capture_output=True, text=True, timeout=600
     )
     assert finished.returncode == 1
     assert finished.stderr.splitlines()[-1] == (
@@ -134,6 +134,6 @@ def test_whatever_fails_on_the_way_out_it_leaves():
         "leave_at_once(is_first=False); sys.stdout.close(); "
         "run_main(lambda argv: (_ for _ in ()).throw(UserError('this is why')))"
     )
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert finished.returncode == 1
     assert finished.stderr.splitlines()[-1] == "error: this is why"

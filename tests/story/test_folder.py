@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from etils import epath
+from numpy.lib.npyio import NpzFile
 
 from mask2dit_jax.media.video_reader import probe
 from mask2dit_jax.story.folder import StoryFolder
@@ -57,12 +58,12 @@ def test_in_a_bucket(tmp_path, monkeypatch):
 def test_what_is_there_is_said_before_it_is_replaced(finished, caplog):
     caplog.set_level("INFO")
     folder_of(finished).log_contents()
-    assert caplog.messages == [f"{finished}: made already: scenes 1-4"]
+    assert caplog.messages == [f"{finished}: finished already: scenes 1-4"]
     caplog.clear()
     other = folder_of(finished, seed=1)
     make(other, 0)
     other.log_contents()
-    assert caplog.messages[0] == f"{finished}: made already: scene 1"
+    assert caplog.messages[0] == f"{finished}: finished already: scene 1"
     assert caplog.messages[1].startswith(f"{finished}: to be replaced: scenes 2-4, made with other settings or damaged")
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
 
@@ -88,3 +89,19 @@ def test_what_killed_runs_left_half_written_goes(finished):
     assert not any((finished / name).exists() for name in left)
     assert (finished / "notes.txt").exists()
     assert (finished / ".hidden").exists()
+
+
+def test_what_is_asked_of_a_finished_story_reads_no_latents(finished, monkeypatch):
+    """They are gigabytes, in a bucket perhaps; fingerprints and a few frames are all that a second run needs."""
+    folder = folder_of(finished)  # before reads are counted: beartype reads a value to check the type of the mapping
+    read, names = NpzFile.__getitem__, []
+    monkeypatch.setattr(NpzFile, "__getitem__", lambda stored, name: (names.append(name), read(stored, name))[1])
+    folder.log_contents()
+    folder.open()
+    assert folder.is_generated()
+    assert set(names) == {"fingerprint"}
+    assert all(folder.is_shown(number) for number in range(4))
+    folder.finish()
+    assert set(names) == {"fingerprint", "display", "frames", "statistics"}
+    assert folder.scenes[0].shape == (2, 2, 4, 3)
+    assert names.count("latents") == 1

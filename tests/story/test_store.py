@@ -125,3 +125,16 @@ def test_other_settings_of_generated_scenes_leave_given_ones(tmp_path):
     plan = make_plan((Scene("a", given=str(tmp_path / "clip.mp4")), *SCENES))
     first, second = (fingerprints(plan, {"sampler": steps}, {}) for steps in (20, 50))
     assert [a != b for a, b in zip(first, second, strict=True)] == [False] + [True] * len(SCENES)
+
+
+def test_latents_that_are_damaged_are_one_line(tmp_path):
+    """Damage inside the latents shows when they are read, not when a story is asked whether they are there."""
+    store = StoryLatents(tmp_path, ["one"])
+    store[0] = np.zeros((2, 3, 4, 5), np.float32)
+    (path,) = tmp_path.iterdir()
+    stored = bytearray(path.read_bytes())
+    stored[stored.index(b"latents.npy") + 200] ^= 1
+    path.write_bytes(stored)
+    assert 0 in store
+    with pytest.raises(UserError, match=r"scene_01.npz is damaged; delete it, and the scene is made again"):
+        store[0]

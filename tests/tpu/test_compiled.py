@@ -1,4 +1,4 @@
-"""Programs compiled for TPUs, small enough to count by hand."""
+"""Tests the report on programs that are compiled for TPUs and small enough to count by hand."""
 
 import functools
 import json
@@ -44,7 +44,7 @@ def report_of(function, *arguments, topology=V5E, model=NO_MODEL):
 
 
 def test_rematerialised_scan_under_grad():
-    """Per turn 2 rows x inner x columns forward, and in the backward pass that again and two products as large."""
+    """A layer has one product forward. The backward pass repeats it and has two more of the same size."""
     mesh, layers, rows, width = mesh_of(V5E), 6, 512, 1024
 
     def loss(weights, x):
@@ -61,7 +61,7 @@ def test_rematerialised_scan_under_grad():
     assert report.mfu_ceiling == pytest.approx(3 * forward / 197e12 / report.roofline_seconds)
     assert report.fits
     assert report.hbm_arguments_gib == pytest.approx((layers * width * width + rows * width // 2 * 2) / 2**30, rel=0.01)
-    # Each turn gathers the layer's other half of its rows, in the forward and the backward pass, in bf16.
+    # Each iteration gathers the other half of the layer's rows in bf16, in the forward and in the backward pass.
     assert report.collective_bytes["all-gather"] >= 2 * layers * width // 2 * width // 2 * 2
     assert 0 < report.exposed_collective_seconds <= report.roofline_seconds
     assert json.loads(json.dumps(report.to_json())).keys() >= PROMISED
@@ -86,7 +86,7 @@ def test_loops_in_loops_multiply():
 
 
 def test_products_with_batch_and_head_dimensions():
-    """The compiler writes them as convolutions over mostly padding."""
+    """The compiler writes them as convolutions that mostly meet padding."""
     mesh, b, s, n, k = mesh_of(V5E, (4,), ("data",)), 8, 256, 4, 64
 
     def attention(x, project):
@@ -97,13 +97,13 @@ def test_products_with_batch_and_head_dimensions():
     report = report_of(attention, x, project)
     local = b // 4
     assert report.matmul_flops_executed == 2 * local * s * (n * k) ** 2 + 2 * (2 * local * n * s * s * k)
-    # Heads as narrow as half the matrix unit take twice their time.
+    # Heads half as wide as the matrix unit take twice the time.
     attention_flops = 2 * (2 * local * n * s * s * k)
     assert report.matmul_seconds * 197e12 >= 2 * attention_flops
 
 
 def test_convolution_agrees_with_the_compilers_own_count():
-    """The compiler may cut an image into overlapping pieces, so that it executes more than the taps inside it."""
+    """The compiler may cut an image into overlapping pieces and then executes more than the taps inside it."""
     mesh, frames, side, channels = mesh_of(V5E, (4,), ("data",)), 4, 16, 128
     image, kernel = (4, frames, side, side, channels), (3, 3, 3, channels, channels)
     layout = ("NDHWC", "DHWIO", "NDHWC")
@@ -139,11 +139,11 @@ def test_collectives_under_shard_map():
     assert (rows["all-gather"]["across"], rows["all-to-all"]["across"]) == ("x", "y")
     assert rows["collective-permute"]["across"] == "x"
     assert rows["all-gather"]["group_size"] == 4
-    # Lines of four chips: one link of 50 GB/s in each direction.
+    # A line of four chips has one link of 50 GB/s in each direction.
     assert rows["all-gather"]["seconds"] == pytest.approx(3 * local / 50e9)
     assert rows["all-to-all"]["seconds"] == pytest.approx(local / 50e9)
     assert rows["collective-permute"]["seconds"] == pytest.approx(local / 50e9)
-    # XLA sums either in one operation or as a reduce-scatter and an all-gather; over 16 chips and both dimensions.
+    # The sum runs over 16 chips and both dimensions, in one operation or as a reduce-scatter and an all-gather.
     assert rows["all-reduce"]["across"] == "xy"
     assert report.collective_bytes["all-reduce"] == 2 * 15 / 16 * local
 
@@ -163,7 +163,7 @@ def test_kernels_by_name_and_number_of_calls():
     given = report_of(repeated, x, model=ModelFlops(0.0, 7e9, {"my_attention": 2e9}, head_dim=64))
     assert given.kernel_calls == {"my_attention_fwd": 7}
     assert given.attention_flops_executed == 14e9
-    # Head dimension 64 on a unit 128 wide: half the rate.
+    # A head dimension of 64 on a unit 128 wide halves the rate.
     assert given.attention_seconds == pytest.approx(2 * 14e9 / 197e12)
     assert given.mfu_ceiling == pytest.approx(0.25, rel=0.05)
     assert given.warnings == ()

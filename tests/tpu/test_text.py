@@ -1,4 +1,4 @@
-"""Odd cases, as short modules in the text that the TPU compiler writes."""
+"""Tests odd cases with short modules in the TPU compiler's text format."""
 
 import textwrap
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ PEAK, HBM_BANDWIDTH, LINK = V5E.chip.peak_flops, V5E.chip.hbm_bandwidth, V5E.chi
 
 
 def chips(topology):
-    """Devices numbered along x first, then y."""
+    """Return the devices of a slice, numbered along x first and then along y."""
     x_size, y_size = topology.shape
     return [SimpleNamespace(coords=[x, y, 0]) for y in range(y_size) for x in range(x_size)]
 
@@ -99,7 +99,7 @@ def loop(first=0, last=6, step=1, direction="LT", bound="bound", known=""):
         (loop(first=2, last=9, step=3), 3),
         (loop(direction="LE"), 7),
         (loop(first=6, last=0, step=-1, direction="GT"), 6),
-        (loop(bound="n.1"), 6),  # the end is carried along
+        (loop(bound="n.1"), 6),  # the end is part of the carry
         (loop(first=5, last=2), 0),
         (loop(bound="i.1", known=', backend_config={"known_trip_count":{"n":"42"}}'), 42),
     ],
@@ -111,7 +111,7 @@ def test_turns_of_a_loop(text, turns):
 
 
 def test_a_loop_of_unknown_length_is_named():
-    work = work_of(loop(bound="i.1"))  # compares the counter with itself, as no real loop does
+    work = work_of(loop(bound="i.1"))  # compares the counter with itself, which no real loop does
     assert work.unknown_loops == ["loop"]
     assert work.matmul_flops == 2 * 128**3
 
@@ -133,9 +133,9 @@ def test_condition_inside_a_fusion():
 
 @pytest.mark.parametrize(("elements", "padding"), [(1, 1), (48, 2)])
 def test_products_written_as_convolutions(elements, padding):
-    """Of the 48 taps at each of 48 places all but one fall into padding: 48 products 64 x 512 x 64.
+    """At each of 48 positions, all but one of the 48 taps meet padding, which leaves 48 products of 64 x 512 x 64.
 
-    With one element they are one product with 48 x 64 columns, which fill the matrix unit; with 48 each stands alone.
+    With one element they form one product with 48 x 64 columns, which fill the matrix unit. With 48 they are separate.
     """
     text = f"""
     ENTRY %main (a: bf16[64,512,{elements}], b: bf16[48,64,512]) -> bf16[48,64,64] {{
@@ -172,7 +172,7 @@ def test_narrow_sides_leave_the_unit_idle():
 
 
 def test_fusions_read_slices_and_write_updates():
-    """A layer's weights are cut out of the stack of all layers, its result put into a stack in place."""
+    """A layer reads its weights from the stack of all layers and writes its result into a stack in place."""
     module = parse(
         textwrap.dedent("""
         %fused (stack: f32[42,128], results: f32[42,128], i: s32[], cached: f32[128]) -> f32[42,128] {
@@ -381,9 +381,7 @@ def test_the_compilers_words_for_too_large(message, gib):
     )
     assert report.hbm_peak_gib == gib
     assert not report.fits
-    assert report.warnings == (
-        f"does not fit: {gib - 15.75:.2f} GiB more than the 15.75 GiB of a v5e chip; what helps: less",
-    )
+    assert report.warnings == (f"does not fit: {gib - 15.75:.2f} GiB more than the 15.75 GiB of a v5e chip; try less",)
 
 
 def test_too_large_for_another_memory_is_no_report():

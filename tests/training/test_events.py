@@ -48,4 +48,4 @@ def test_a_full_disk_costs_what_was_logged_meanwhile(tmp_path, monkeypatch, capl
         events.add_scalar("loss", 3.0, 3)
     assert [step for step, _ in read_events(tmp_path)] == [1, 3]
     (line,) = caplog.messages
-    assert line == f"what was to be shown could not be written to {tmp_path}: File too large"
+    assert line == f"cannot write events to {tmp_path}: File too large"

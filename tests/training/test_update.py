@@ -78,7 +78,7 @@ def test_a_batch_in_parts_is_the_same_step(sizes):
 
 
 def test_parts_that_do_not_divide():
-    with pytest.raises(UserError, match="global_batch_size=4 is no multiple of accumulate_steps=3"):
+    with pytest.raises(UserError, match="global_batch_size=4 is not a multiple of accumulate_steps=3"):
         program(UpdateConfig(3))
     with pytest.raises(UserError, match=r"accumulate_steps=2 does not divide over mesh\.data x mesh\.fsdp = 4"):
         program(UpdateConfig(2), (2, 2, 1, 1))

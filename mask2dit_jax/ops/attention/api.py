@@ -1,4 +1,4 @@
-"""attend(): the one door to joint text-video attention. Implementations agree to rounding for every mask."""
+"""The entry point to joint text-video attention. All implementations agree up to rounding for every mask."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from mask2dit_jax.parallel.mesh import platform
 
 
 def _of_all_tokens(attention: Callable) -> Callable:
-    """An attention that knows no mesh, made to run on one: on all tokens of each device's share of the heads."""
+    """Make an attention without mesh support run on a mesh, on all tokens of each device's share of the heads."""
 
     def on_mesh(q, k, v, *, mask, layout):
         return over_mesh(exchange(functools.partial(attention, mask=mask, layout=layout), layout.num_tokens), q, k, v)
@@ -34,7 +34,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 
 
 def best_implementation(dtype) -> str:
-    """That of the platform that the program is compiled for."""
+    """Return the name of the fastest implementation for `dtype` on the platform the program is compiled for."""
     if platform() == "tpu":
         return "splash"
     if platform() == "gpu" and jnp.dtype(dtype).itemsize == 2:  # cuDNN's flash attention has no fp32
@@ -51,14 +51,22 @@ def attend(
     layout: SceneLayout,
     implementation: str = "auto",
 ) -> Floats["b l k m"]:
-    """Scaled dot-product attention of the tokens of `layout` under mask v1..v5.
+    """Compute scaled dot-product attention of the tokens of `layout` under a mask.
 
-    Under a mesh (`jax.set_mesh`) samples are sharded over (data, fsdp), tokens over context and heads over tensor.
+    Under a mesh (`jax.set_mesh`), samples are sharded over (data, fsdp), tokens over context and heads over tensor.
 
     Args:
-        implementation: "splash" (TPU), "cudnn" (GPU), "grouped" (the paper's Fig. 3 in plain XLA: no S x S array),
-            "dense" (the oracle: a bias of S x S), or "auto": the one for the platform compiled for. All run
-            everywhere; off their platform, "splash" is interpreted and "cudnn" holds all logits.
+        q: Queries, already rotated if the model uses RoPE.
+        k: Keys, likewise.
+        v: Values.
+        mask: "v1" to "v5".
+        layout: Scenes of the l tokens.
+        implementation: "splash" (TPU), "cudnn" (GPU), "grouped" (the paper's Fig. 3 in plain XLA, without an l x l
+            array), "dense" (the reference, with an l x l bias), or "auto", which chooses by the platform the program
+            is compiled for. All run everywhere. Off its platform, "splash" is interpreted and "cudnn" holds all logits.
+
+    Raises:
+        UserError: There is no such mask or implementation, or the heads do not divide over the mesh.
     """
     if implementation == "auto":
         implementation = best_implementation(q.dtype)

@@ -1,7 +1,8 @@
-"""Attention on a mesh: heads over `tensor`, and over `context` either tokens or, for the time of one call, heads.
+"""Attention on a mesh, with heads sharded over `tensor` and tokens over `context`.
 
-`over_mesh` runs a function on each device's share of (b l k m). There the tokens are sharded over `context`;
-`exchange` gives the device all tokens of fewer heads instead (the Ulysses way: one all-to-all in, one out).
+`over_mesh` runs a function on each device's share of (b l k m), with the tokens sharded over `context`. `exchange`
+wraps an attention so that each device computes all tokens of fewer heads instead (Ulysses: one all-to-all before the
+call and one after it).
 """
 
 from collections.abc import Callable
@@ -17,20 +18,23 @@ from mask2dit_jax.parallel.mesh import BATCH, CONTEXT, TENSOR
 
 
 def axis_size(axis: str) -> int:
-    """Devices along an axis of the current mesh; 1 without a mesh, or if the mesh has no such axis."""
+    """Return the number of devices along an axis of the current mesh, or 1 if there is no mesh or no such axis."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def over_mesh(local: Callable, q: Floats["b l k m"], k: Floats["b l k m"], v: Floats["b l k m"]) -> Floats["b l k m"]:
-    """`local(q, k, v)` on each device's share: samples over (data, fsdp), tokens over context, heads over tensor.
+    """Run `local(q, k, v)` on each device's share of samples (data, fsdp), tokens (context) and heads (tensor).
 
-    Tokens that do not divide over the devices are padded with zeros here; `local` sees shares of one size.
+    Tokens that do not divide over `context` are padded with zeros, so that all shares have the same size.
+
+    Raises:
+        UserError: The heads do not divide over `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return local(q, k, v)
     if q.shape[2] % axis_size(TENSOR):
-        raise UserError(f"{q.shape[2]} heads do not divide over mesh.tensor={axis_size(TENSOR)}; use a divisor of them")
+        raise UserError(f"{q.shape[2]} heads do not divide over mesh.tensor={axis_size(TENSOR)}; choose a divisor")
     tokens = q.shape[1]
     spec = PartitionSpec(_batch_axes(q.shape[0]), *(axis if axis in mesh.shape else None for axis in (CONTEXT, TENSOR)))
     run = jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
@@ -38,9 +42,13 @@ def over_mesh(local: Callable, q: Floats["b l k m"], k: Floats["b l k m"], v: Fl
 
 
 def exchange(attend: Callable, tokens: int) -> Callable:
-    """`attend` of all tokens, as a `local` of `over_mesh`: heads are exchanged for tokens before, and back after.
+    """Make a `local` for `over_mesh` from an attention over all tokens, by exchanging heads for tokens around it.
 
-    Heads that do not divide over `context` are padded; the padding is work for nothing, but correct.
+    Heads that do not divide over `context` are padded. The padding costs work, but the result is correct.
+
+    Args:
+        attend: Maps q, k and v (b l k m) to the output.
+        tokens: Number of tokens before padding.
     """
     context = axis_size(CONTEXT)
 
@@ -54,9 +62,9 @@ def exchange(attend: Callable, tokens: int) -> Callable:
     return local
 
 
-# What goes to each device is laid out as a whole first, along a leading axis. An exchange along the axis of tokens,
-# whose shares are no multiple of a register's rows, costs XLA's TPU compiler a hundred seconds of shuffling code; this,
-# three.
+# The parts for the devices are laid out along a leading axis before the exchange. If they lay along the token axis,
+# whose shares are not multiples of a register's rows, XLA's TPU compiler would take a hundred seconds for the shuffling
+# code instead of three.
 
 
 def _tokens_of_fewer_heads(x: Floats["b l k m"], context: int) -> Floats["b lc kc m"]:
@@ -74,7 +82,7 @@ def _exchanged(parts):
 
 
 def _batch_axes(batch: int) -> tuple[str, ...]:
-    """Those of the batch axes that the samples divide over; along the others every device computes the same."""
+    """Return the batch axes over which the samples divide. Along the others, all devices compute the same."""
     axes, share = [], batch
     for axis in BATCH:
         if axis_size(axis) > 1 and share % axis_size(axis) == 0:
@@ -84,7 +92,7 @@ def _batch_axes(batch: int) -> tuple[str, ...]:
 
 
 def _pad(x, axis: int, multiple: int):
-    """Zeros at the end of an axis, up to a multiple."""
+    """Append zeros to an axis up to a multiple of `multiple`."""
     missing = -x.shape[axis] % multiple
     if not missing:
         return x

@@ -1,13 +1,14 @@
-"""Grouped attention through a flash kernel: its parts are attended separately and joined by their log-sum-exp.
+"""Grouped attention through a flash kernel, whose partial results are joined by their log-sum-exp.
 
-All video queries meet all video keys in one call, and each scene's queries meet the scene's text in another; nothing is
-copied for a scene, and nothing is masked. If a query's parts gave outputs O_p and log-sum-exps L_p, then L = log sum
-exp(L_p) and O = sum exp(L_p - L) O_p.
+One call attends all video queries to all video keys, and one call per scene attends the scene's queries to its text.
+Nothing is copied per scene and nothing is masked. If the parts of a query have outputs O_p and log-sum-exps L_p, then
+L = log sum exp(L_p) and O = sum exp(L_p - L) O_p.
 
-The backward pass of a flash kernel needs nothing but (O, L) to recompute the weights, exp(logits - L), and the term
-rowsum(dO O). Given the joined (O, L) it yields the part's share of the joined gradient, so the join itself has no
-backward pass. `jax.nn.dot_product_attention` does not let one pass them, and it rounds L to bf16: an L of 11 (50,000
-equal keys) is then off by up to 0.03, and the weight of the text by 3 %. Hence the two calls into the module below it.
+The backward pass of a flash kernel needs only (O, L) to recompute the weights exp(logits - L) and the term
+rowsum(dO O). Given the joined (O, L), it yields the part's share of the joined gradient, so the join itself needs no
+backward pass. `jax.nn.dot_product_attention` does not accept (O, L), and it rounds L to bf16. An L of 11 (50,000 equal
+keys) would then be off by up to 0.03, and the weight of the text by 3 %. This module therefore calls the two functions
+of JAX's private cuDNN module directly.
 """
 
 import functools
@@ -25,7 +26,7 @@ from mask2dit_jax.parallel.mesh import platform
 
 
 class Call(NamedTuple):
-    """One call of the kernel: these queries attend to all of these keys."""
+    """One call of the kernel, in which all `queries` attend to all `keys`."""
 
     queries: slice
     keys: slice
@@ -34,8 +35,10 @@ class Call(NamedTuple):
 def joined_attention(
     q: Floats["b l k m"], k: Floats["b l k m"], v: Floats["b l k m"], *, mask: str, layout: SceneLayout
 ) -> Floats["b l k m"]:
-    """Equal to dense attention under `mask`. Through cuDNN on a GPU (16-bit inputs); elsewhere through XLA, whose
-    parts hold their logits: for the tests of the joining."""
+    """Compute attention under `mask` with cuDNN's flash kernel on a GPU; inputs must be 16-bit.
+
+    On other platforms, plain XLA computes each part and holds its logits. This serves the tests of the join.
+    """
     return _joined(q, k, v, mask, layout, "cudnn" if platform() == "gpu" else "xla")
 
 
@@ -54,7 +57,7 @@ def _forward(q, k, v, mask, layout, kernel):
                 here = slice(segment.start - call.queries.start, segment.stop - call.queries.start)
                 parts.setdefault(segment, []).append((out[:, here], lse[:, here]))
     joined = [_join(parts[segment]) for segment in layout.segments]
-    # Named, so that a remat policy can keep what the backward pass would otherwise run the kernel again for.
+    # The name lets a remat policy save the residuals; otherwise the backward pass would run the kernel again.
     out, lse = (checkpoint_name(jnp.concatenate(x, axis=1), RESIDUALS) for x in zip(*joined, strict=True))
     return out, (q, k, v, out, lse)
 
@@ -77,7 +80,7 @@ _joined.defvjp(_forward, _backward)
 
 
 def kernel_calls(mask: str, layout: SceneLayout) -> tuple[Call, ...]:
-    """The calls that cover every allowed pair once: neighbouring segments with the same run of keys share one."""
+    """Return the calls that together cover each allowed pair once. Adjacent segments with the same keys share one."""
     calls = []
     for segment in layout.segments:
         for run in key_runs(mask, layout, segment):
@@ -90,7 +93,7 @@ def kernel_calls(mask: str, layout: SceneLayout) -> tuple[Call, ...]:
 
 
 def _join(parts):
-    """(b q k m) and (b q k): the output and log-sum-exp of a softmax over the keys of all parts."""
+    """Return the output (b q k m) and log-sum-exp (b q k) of a softmax over the keys of all parts."""
     outs, lses = zip(*parts, strict=True)
     lse = functools.reduce(jnp.logaddexp, lses)
     out = sum(jnp.exp(part - lse)[..., None] * out for out, part in zip(outs, lses, strict=True))
@@ -98,7 +101,7 @@ def _join(parts):
 
 
 def _xla_forward(q, k, v):
-    """(b q k m), and (b q k) in fp32."""
+    """Return the output (b q k m) and the log-sum-exp (b q k) in fp32."""
     logits = _logits(q, k)
     lse = jax.nn.logsumexp(logits, axis=-1)
     weights = jnp.exp(logits - lse[..., None]).astype(v.dtype)
@@ -123,7 +126,7 @@ def _logits(q, k) -> Floats["b k q l"]:
 
 
 def _cudnn():
-    """Private to JAX, so that it is looked for only where it is used."""
+    """Import JAX's cuDNN module only when it is used, because it is private and may move."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     return fused_attention_stablehlo
@@ -140,7 +143,7 @@ def _cudnn_backward(q, k, v, out, lse, d_out):
     residuals = (q, k, v, *[absent] * 7, lse.swapaxes(1, 2), out)
     grads = cudnn._dot_product_attention_bwd_rule(
         q.shape[-1] ** -0.5,
-        42,  # of a dropout that there is not
+        42,  # dropout seed; there is no dropout
         0.0,
         (False, False),  # bias, and its gradient
         cudnn.MaskType.NO_MASK,

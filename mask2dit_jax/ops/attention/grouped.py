@@ -1,8 +1,8 @@
-"""Grouped attention (paper, section 3.2 and Fig. 3): a cross-attention a segment instead of a masked self-attention.
+"""Grouped attention (paper, section 3.2 and Fig. 3): a cross-attention per segment instead of masked self-attention.
 
-Each of the 2n segments attends to the runs of keys its mask allows. The runs are slices, never joined: a query meets
-the shared video keys and its own text keys in one softmax over all of its logits, so no scene makes a copy of all video
-keys and values. Queries go in blocks, so that no array is ever S x S, forward or backward.
+Each of the 2n segments attends to the runs of keys that the mask allows. The runs remain separate slices. A softmax
+over the logits of all runs combines the shared video keys with the scene's text keys, so no scene copies the video keys
+and values. Queries are processed in blocks, so that no array is l x l, neither forward nor backward.
 """
 
 import functools
@@ -18,20 +18,20 @@ from mask2dit_jax.ops.attention.residuals import RESIDUALS
 from mask2dit_jax.ops.masks import key_runs
 from mask2dit_jax.parallel.mesh import platform
 
-# Most queries a block: the logits of one block are (QUERY_BLOCK, keys) a head, 104 MiB of fp32 at 53,328 keys. Matrix
-# products are already efficient at this size.
+# Maximum number of queries in a block. A block has (QUERY_BLOCK, keys) logits per head, 104 MiB in fp32 at 53,328 keys.
+# Matrix products are already efficient at this size.
 QUERY_BLOCK = 512
 
 
 def grouped_attention(
     q: Floats["b l k m"], k: Floats["b l k m"], v: Floats["b l k m"], *, mask: str, layout: SceneLayout
 ) -> Floats["b l k m"]:
-    """Equal to dense attention under `mask`; memory is linear in the number of tokens."""
+    """Compute attention under `mask` in memory linear in the number of tokens."""
     attend = functools.partial(_attend, groups=query_groups(mask, layout))
     heads = tuple(rearrange(x, "b l k m -> (b k) l m") for x in (q, k, v))
     if platform() == "cpu":
-        # One head after the other: its logits stay in the caches, and a product is not a batch of products. A
-        # sixth to a third faster at 1254 tokens and 8 heads (docs/speed.md).
+        # One head at a time keeps the logits in the caches and avoids batched products. This is a sixth to a third
+        # faster at 1254 tokens and 8 heads (docs/speed.md).
         out = jax.lax.map(lambda head: attend(*(x[None] for x in head))[0], heads)
     else:
         out = attend(*heads)
@@ -39,7 +39,10 @@ def grouped_attention(
 
 
 def query_groups(mask: str, layout: SceneLayout) -> list[tuple[slice, tuple[slice, ...]]]:
-    """Runs of queries in token order, each with its runs of keys; neighbours that attend to the same are one."""
+    """Return the runs of queries in token order, each with its runs of keys.
+
+    Adjacent segments that attend to the same keys form one run.
+    """
     groups = []
     for segment in layout.segments:
         queries, keys = slice(segment.start, segment.stop), key_runs(mask, layout, segment)
@@ -59,7 +62,7 @@ def _attend(q: Floats["k l m"], k: Floats["k l m"], v: Floats["k l m"], groups) 
 
 
 def _in_blocks(attend, q: Floats["k q m"]) -> Floats["k q m"]:
-    """Runs `attend` over blocks of queries, one after the other; all of one size, the last filled up with zeros."""
+    """Run `attend` on one block of queries after another. All blocks have one size; zeros pad the last."""
     queries = q.shape[1]
     count = -(-queries // QUERY_BLOCK)
     if count == 1:
@@ -71,9 +74,9 @@ def _in_blocks(attend, q: Floats["k q m"]) -> Floats["k q m"]:
 
 
 def _attend_runs(q: Floats["k q m"], runs) -> Floats["k q m"]:
-    """One softmax over several runs of keys; logits and softmax in fp32, as in `jax.nn.dot_product_attention`.
+    """Compute one softmax over several runs of keys, in fp32 as in `jax.nn.dot_product_attention`.
 
-    It is divided by its sum last, where there are m numbers a query, not one for every key.
+    The division by the sum comes last, when a query has m numbers instead of one per key.
     """
     scale = q.shape[-1] ** -0.5
     logits = [jnp.einsum("kqm,klm->kql", q, keys, preferred_element_type=jnp.float32) for keys, _ in runs]

@@ -1,4 +1,4 @@
-"""Moving stretches of tokens to other places, the same everywhere or different on each shard."""
+"""Moves of token runs to other positions, the same on all shards or different on each."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from mask2dit_jax.axes import Floats
 
 
 class Move(NamedTuple):
-    """`size` tokens from `source` on go to `target` on."""
+    """A move of `size` tokens, from index `source` to index `target`."""
 
     source: int
     target: int
@@ -19,14 +19,20 @@ class Move(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """The moves of every shard, and how many tokens there are afterwards. What nothing is moved to is padding."""
+    """The moves of each shard and the number of tokens after them. Positions without a move are padding."""
 
     shards: tuple[tuple[Move, ...], ...]
     length: int
 
 
 def move(x: Floats["h l m"], moves: Moves, shard=0) -> Floats["h length m"]:
-    """The tokens of `shard`, which may be traced, at their new places. Padding holds any finite values."""
+    """Return the tokens of a shard at their new positions. Padding holds arbitrary finite values.
+
+    Args:
+        x: Tokens before the moves.
+        moves: Moves of all shards.
+        shard: Index of this shard; may be traced.
+    """
     ordered = [sorted(shard_moves, key=lambda move: move.target) for shard_moves in moves.shards]
     if all(each == ordered[0] for each in ordered):
         return _move_alike(x, ordered[0], moves.length)
@@ -44,12 +50,13 @@ def _move_alike(x, moves: Sequence[Move], length: int):
 
 
 def _move_by_shard(x, moves: Sequence[Sequence[Move]], length: int, shard):
-    """Program and shapes are the same on every shard: each move takes as many tokens as the longest of its kind.
+    """Move with the same program and shapes on every shard.
 
-    What a shard moves too much lies after its own tokens, where the next move overwrites it, or in padding.
+    The i-th move of every shard copies as many tokens as the longest i-th move. The surplus of a shorter one lands
+    behind its own tokens, where the next move overwrites it, or in padding.
     """
     slots = max(map(len, moves))
-    nothing = Move(0, length, 0)  # to the spare room at the end, which is cut off
+    nothing = Move(0, length, 0)  # into the spare room at the end, which is cut off
     table = np.array([[*each, *[nothing] * (slots - len(each))] for each in moves])
     sizes = table[:, :, 2].max(axis=0)
     room = [(0, 0), (0, int(sizes.max())), (0, 0)]

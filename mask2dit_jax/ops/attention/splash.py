@@ -1,24 +1,30 @@
-"""Attention by JAX's splash kernel for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`), which skips blocks.
+"""Attention through JAX's splash kernel for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`).
 
-Three things are ours. `attention_blocks` lays the tokens out and says which blocks the kernel computes. The mask inside
-a block costs nothing: every key carries the one-hot vector of its segment in additional channels, every query minus a
-huge number in the channels of the segments it may not attend to, so that forbidden pairs get that logit from the very
-product that makes the logits. A head is 64 wide where the matrix unit is 128 (v6e: 256), so these channels ride in
-lanes that are empty otherwise, in memory too; a mask computed in the kernel would cost more vector operations a pair
-than the softmax. And the exchange between the chips that hold one sequence, one of two ways:
+The kernel skips blocks of pairs. This module adds three things.
 
-    ulysses   heads are exchanged for tokens by all-to-all: each chip has all tokens of heads / context heads. Moves
-              4 of the size of a chip's queries forward, and all chips compute the same blocks: taken where it divides.
-    gather    each chip keeps its queries and gathers all keys and values: context / 2 times as much to move, and each
-              chip pads its share of the queries.
+Blocks. `splash_plan` arranges the tokens and determines which blocks the kernel computes.
 
-Not a ring: it moves what `gather` does and would hide it, but needs the log-sum-exp joined at every hop, forward and
-backward, in as many kernel launches as chips; where heads divide, ulysses moves context / 2 times less than either.
+Masks inside a block. Each key carries the one-hot vector of its segment in extra channels. Each query carries a huge
+negative number in the channels of the segments it may not attend to. The product that computes the logits thus also
+masks them. A head is 64 wide but the matrix unit 128 (v6e: 256), so the extra channels use lanes that are empty
+otherwise, in memory too. A mask computed in the kernel would need more vector operations per pair than the softmax.
 
-Why JAX's copy and not tokamax's, which is newer: there the backward pass is one kernel of 5 matrix products where here
-dq and dkv take 7, but it sums the queries' gradient in bf16 through memory (or keeps one fp32 copy for each block of
-keys: 53 of them at our size); it lies in a private, experimental module; and its package pins typeguard 2.13 and brings
-qwix, pydantic and more. Its other gain, no mask in full blocks, the additional channels give us everywhere.
+Exchange between the chips that share a sequence, in one of two ways:
+
+    ulysses   An all-to-all exchanges heads for tokens, so that each chip has all tokens of heads / context heads. The
+              forward pass sends four arrays the size of a chip's queries (q, k, v and the output), and all chips
+              compute the same blocks. Used where the heads divide.
+    gather    Each chip keeps its queries and gathers all keys and values. This sends context / 2 times as much, and
+              each chip pads its share of the queries.
+
+A ring would send as much as `gather`, overlapped with computation. But it has to join the log-sum-exp at every hop,
+forward and backward, with one kernel launch per chip. Where the heads divide, ulysses sends context / 2 times less than
+either.
+
+Tokamax has a newer splash kernel. Its backward pass is one kernel of 5 matrix products, whereas dq and dkv take 7 here.
+But it accumulates the queries' gradient in bf16 through memory (or keeps one fp32 copy per block of keys, 53 at our
+size), it lives in a private, experimental module, and its package pins typeguard 2.13 and brings qwix, pydantic and
+more. Its other advantage, no mask in full blocks, the extra channels provide everywhere.
 """
 
 import dataclasses
@@ -43,14 +49,15 @@ from mask2dit_jax.parallel.mesh import CONTEXT, TENSOR, platform
 
 Way = Literal["auto", "ulysses", "gather"]
 
-# Its exponential is 0 whatever is added to it; a power of two, so that every precision holds it exactly.
+# Its exponential is 0 whatever logit is added to it. A power of two is exact in every precision.
 FORBIDDEN = -(2.0**100)
-# Keys in one product inside a block: keeps the logits in flight to (queries, 512).
+# Keys per product inside a block, which limits the logits in flight to (queries, 512).
 COMPUTE_BLOCK = 512
 
-FORWARD_PRODUCTS = 2  # logits; values
-IDEAL_BACKWARD_PRODUCTS = 4  # the gradients of the weights, values, queries and keys
-BACKWARD_PRODUCTS = 7  # those, the logits in both kernels (dq, dkv), and the gradient of the weights a second time
+# Matrix products of (queries, keys) size.
+FORWARD_PRODUCTS = 2  # logits, values
+IDEAL_BACKWARD_PRODUCTS = 4  # gradients of the weights, values, queries and keys
+BACKWARD_PRODUCTS = 7  # those four, the logits in both kernels (dq, dkv), and the weights' gradient a second time
 
 
 def splash_attention(
@@ -62,7 +69,16 @@ def splash_attention(
     layout: SceneLayout,
     way: Way = "auto",
 ) -> Floats["b l k m"]:
-    """Block-sparse attention under `mask`, sharded as the current mesh says; off a TPU, the kernel is interpreted."""
+    """Compute block-sparse attention under `mask`, sharded over the current mesh. Off a TPU, Pallas interprets it.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: "v1" to "v5".
+        layout: Scenes of the l tokens.
+        way: Exchange between chips that share a sequence; see `choose_way`.
+    """
     context = axis_size(CONTEXT)
     if choose_way(way, q.shape[2], context, axis_size(TENSOR)) == "ulysses":
         plan = make_plan(mask, layout)
@@ -73,10 +89,14 @@ def splash_attention(
 
 
 def choose_way(way: Way, heads: int, context: int, tensor: int) -> Way:
-    """ "auto" is "ulysses" where the heads of a tensor shard divide over context."""
+    """Resolve "auto" to "ulysses" if the heads of a tensor shard divide over context, and to "gather" otherwise.
+
+    Raises:
+        UserError: `way` is "ulysses" and the heads do not divide.
+    """
     divides = heads // tensor % context == 0
     if way == "ulysses" and not divides:
-        raise UserError(f"{heads // tensor} heads a tensor shard do not divide over mesh.context={context}")
+        raise UserError(f"{heads // tensor} heads per tensor shard do not divide over mesh.context={context}")
     if way == "auto":
         return "ulysses" if divides else "gather"
     return way
@@ -84,17 +104,20 @@ def choose_way(way: Way, heads: int, context: int, tensor: int) -> Way:
 
 @dataclasses.dataclass(frozen=True)
 class SplashWork:
-    """Matrix FLOPs of one attention layer on one chip: the busiest, and the share of each if nothing were wasted.
+    """Matrix FLOPs of one attention layer on one chip.
+
+    "Executed" counts the busiest chip. "Ideal" is the even share of each chip if no work were wasted.
 
     Attributes:
-        forward_executed: blocks visited times the area of a block.
-        forward_ideal: the pairs that the mask allows.
-        backward_executed: the dq and dkv kernels, which both recompute the logits. A forward pass that
-            rematerialisation repeats is not in it.
-        backward_ideal: the four products of the gradient.
-        occupancy: pairs executed over pairs allowed; of all three kernels, as they share their blocks.
-        mxu_utilisation: the part of the matrix unit that a product can use. A head is 64 wide; in each product it is
-            the depth or the width, and the unit is `mxu` wide. FLOPs above do not contain the idle part.
+        way: Exchange that is used, "ulysses" or "gather".
+        forward_executed: FLOPs of all pairs in the visited blocks.
+        forward_ideal: FLOPs of the pairs that the mask allows.
+        backward_executed: FLOPs of the dq and dkv kernels, which both recompute the logits. A forward pass repeated by
+            rematerialisation is not included.
+        backward_ideal: FLOPs of the four products of the gradient.
+        occupancy: Executed pairs divided by allowed pairs, for all three kernels, which share their blocks.
+        mxu_utilisation: Share of the matrix unit that a product can use. In each product the head dimension is the
+            depth or the width, and the unit is `mxu` wide. The FLOPs above exclude the idle part.
     """
 
     way: Way
@@ -118,11 +141,18 @@ def splash_work(
     batch: float = 1,
     mxu: int = 128,
 ) -> SplashWork:
-    """What splash attention computes, for `batch` samples a chip. XLA's cost analysis does not see into the kernel.
+    """Count the work of splash attention, because XLA's cost analysis does not see into the kernel.
 
     Args:
-        batch: samples on each (data, fsdp) shard.
-        mxu: width of the chip's matrix unit: 128, on v6e 256.
+        mask: "v1" to "v5".
+        layout: Scenes and tokens of a sample.
+        heads: Number of heads of the model.
+        head_dim: Channels of a head.
+        context: Size of the context axis of the mesh.
+        tensor: Size of the tensor axis of the mesh.
+        way: Exchange between chips that share a sequence; see `choose_way`.
+        batch: Samples on each (data, fsdp) shard.
+        mxu: Width of the chip's matrix unit, 128 (v6e: 256).
     """
     way = choose_way(way, heads, context, tensor)
     plan = make_plan(mask, layout) if way == "ulysses" else make_plan(mask, layout, context)
@@ -140,13 +170,13 @@ def splash_work(
 
 
 def _attend_gathered(plan: Plan, mask: str, q, k, v):
-    """The `gather` way, on one device: (b l/context k m), all three."""
+    """Attend by the `gather` way on one device, given its (b l/context k m) of q, k and v."""
     k, v = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
     return _attend(plan, mask, jax.lax.axis_index(CONTEXT), q, k, v)
 
 
 def _attend(plan: Plan, mask: str, shard, q: Floats["b q k m"], k: Floats["b l k m"], v: Floats["b l k m"]):
-    """One device's queries (those of `shard`, which may be traced) against all keys."""
+    """Attend one device's queries, those of `shard` (which may be traced), to all keys."""
     batch, _, heads, head_dim = q.shape
     q, k, v = (rearrange(x, "b l k m -> (b k) l m") for x in (q * head_dim**-0.5, k, v))
     q, k, v = move(q, plan.queries.moves(), shard), move(k, plan.keys.moves()), move(v, plan.keys.moves())
@@ -157,10 +187,10 @@ def _attend(plan: Plan, mask: str, shard, q: Floats["b q k m"], k: Floats["b l k
 
 
 def _mask_channels(plan: Plan, mask: str) -> tuple[NpFloats["shard q c"], NpFloats["1 l c"]]:
-    """Their products over c are 0 for allowed pairs, else FORBIDDEN.
+    """Return extra channels of queries and keys whose product over c is 0 for allowed pairs, and FORBIDDEN otherwise.
 
-    A channel a segment, and a last one for padding keys, which no token may attend to. Padding queries may attend to
-    everything: any finite values do, as they are dropped.
+    There is one channel per segment and a last one for padding keys, to which no token may attend. Padding queries
+    attend to everything, because any finite result will do: it is dropped.
     """
     forbidden = np.pad(~allowed_segments(mask, plan.keys.layout), ((0, 1), (0, 1)))
     forbidden[:-1, -1] = True
@@ -174,12 +204,12 @@ def _with_channels(x: Floats["h l m"], channels) -> Floats["h l mc"]:
 
 
 def _of_shard(table: np.ndarray, shard):
-    """table[shard], where the shard may be traced; a constant if all shards have the same."""
+    """Return table[shard] for a shard that may be traced. It is a constant if all shards have the same entry."""
     return jnp.asarray(table[0] if (table == table[:1]).all() else jnp.asarray(table)[shard])
 
 
 def _kernel(plan: Plan, shard) -> splash.SplashAttentionKernel:
-    """The kernel over (heads, tokens, head_dim) for the blocks of a shard. All heads have the same."""
+    """Build the kernel over (heads, tokens, head_dim) for the blocks of a shard, which all heads share."""
     forward = _mask_info(plan.visits, shard)
     backward = _mask_info(plan.visits.swapaxes(1, 2), shard)
     backward = jax.tree.map(lambda x: x.swapaxes(1, 2), backward)
@@ -213,8 +243,11 @@ def _block_sizes(block_q: int, block_k: int) -> splash.BlockSizes:
 
 
 def _mask_info(visits: NpBools["shard row column"], shard) -> MaskInfo:
-    """The columns that each row visits, in the kernel's form: as many entries a row as the longest has, the rest
-    repeating the last (nothing is fetched anew for it) and marked as not visited."""
+    """Return the columns that each row visits, in the form the kernel takes.
+
+    All rows have as many entries as the longest. A shorter row repeats its last entry, for which nothing is fetched
+    again, and marks the repetitions as not visited.
+    """
     counts = visits.sum(axis=-1, keepdims=True)
     visited = np.arange(max(counts.max(), 1)) < counts
     columns = np.argsort(~visits, axis=-1, kind="stable")

@@ -1,15 +1,15 @@
-"""How the tokens are laid out in blocks for a block-sparse attention kernel, and what the kernel then computes.
+"""The arrangement of tokens in blocks for a block-sparse attention kernel, and the blocks that the kernel computes.
 
-A kernel that skips whole blocks wastes work in two places: in the padding up to whole blocks, and in blocks where some
-pairs are allowed and some are not. Both depend on where the tokens lie. So before the kernel the tokens of each shard
-are moved: put together in groups, each of which starts at a block. Three groupings are tried,
+A kernel that skips whole blocks wastes work in two places: in the padding up to whole blocks, and in blocks that
+contain both allowed and forbidden pairs. Both depend on the positions of the tokens. Therefore the tokens of each shard
+are moved before the kernel runs. They are put into groups, each of which starts at a block boundary. Three groupings
 
-    one       everything in the order it has                 (right for v5: nothing is ever skipped)
-    kinds     T1 | T2 | .. | V1 V2 ..                        (right for v2: a scene's queries skip the other texts)
-    scenes    T1 V1 | T2 V2 | ..                             (right for v1: no block spans two scenes)
+    one       all tokens in their original order             (suits v5, which skips nothing)
+    kinds     T1 | T2 | .. | V1 V2 ..                        (suits v2: a scene's queries skip the other texts)
+    scenes    T1 V1 | T2 V2 | ..                             (suits v1: no block spans two scenes)
 
-for queries and for keys, with every size of block that fits; the cheapest is taken. All of this is NumPy on segments,
-never on pairs of tokens: about half a second at full size.
+are tried for queries and for keys with every block size that fits, and the cheapest combination is chosen. All of this
+is NumPy on segments, not on pairs of tokens, and takes about half a second at full size.
 """
 
 import dataclasses
@@ -26,21 +26,21 @@ from mask2dit_jax.ops.attention.permute import Move, Moves
 from mask2dit_jax.ops.masks import allowed_pairs, segment_allows
 
 LANES = 128  # blocks are multiples of a TPU register's width
-# Logits a block may hold. The dq kernel keeps four fp32 arrays of that size at once, and 16 MiB of VMEM are what XLA
-# gives a kernel on v5e and v5p by default.
+# Maximum number of logits in a block. The dq kernel keeps four fp32 arrays of that size at once, and XLA gives a kernel
+# 16 MiB of VMEM by default on v5e and v5p.
 MAX_BLOCK_PAIRS = 512 * 1024
 MAX_BLOCK = 2048
-# Besides its pairs, a block costs as much as so many more: for the step itself (0.35 us, and a pair takes 2.6 ps on a
-# v5e), and for every query and key that is loaded. Estimates; what they decide is that blocks are large and not thin.
+# Overheads of a block, expressed in pairs: STEP_PAIRS per block (0.35 us, where a pair takes 2.6 ps on a v5e) and
+# LOAD_PAIRS per query or key loaded. These are estimates; their effect is that blocks are large and not thin.
 STEP_PAIRS = 128 * 1024
 LOAD_PAIRS = 128
-# A cheaper choice may execute so much more than what the mask allows (v1 has thrice as many borders to pay for).
+# Executed over allowed pairs below which only the cost decides (v1 has three times as many borders to pay for).
 ALLOWED_WASTE = {"v1": 1.15}
 ALLOWED_WASTE_ELSE = 1.05
 
 
 class TokenRun(NamedTuple):
-    """Tokens [start, stop) of a shard lie from `at` on."""
+    """Tokens [start, stop) of a shard, placed from position `at` on."""
 
     start: int
     stop: int
@@ -49,12 +49,14 @@ class TokenRun(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
-    """Where the tokens of each of several equal shards lie, in blocks.
+    """The positions of the tokens of each of several equal shards.
 
     Attributes:
-        width: tokens of a shard before.
-        length: tokens of a shard after, padding included: a multiple of block.
-        shards: the runs of each shard, in the order of `at`. Between them is padding.
+        layout: Scenes of the tokens.
+        block: Size of a block in tokens.
+        width: Tokens of a shard before the arrangement.
+        length: Tokens of a shard after it, including padding. A multiple of `block`.
+        shards: The runs of each shard, ordered by `at`. Gaps between them are padding.
     """
 
     layout: SceneLayout
@@ -64,34 +66,35 @@ class Arrangement:
     shards: tuple[tuple[TokenRun, ...], ...]
 
     def moves(self) -> Moves:
-        """From the tokens of a shard to their places."""
+        """Return the moves of a shard's tokens to their positions."""
         return self._moves(lambda run: Move(run.start, run.at, run.stop - run.start), self.length)
 
     def moves_back(self) -> Moves:
+        """Return the moves that undo `moves`."""
         return self._moves(lambda run: Move(run.at, run.start, run.stop - run.start), self.width)
 
     def _moves(self, of_run, length: int) -> Moves:
         return Moves(tuple(tuple(map(of_run, runs)) for runs in self.shards), length)
 
     def segments(self) -> NpInts["shard length"]:
-        """The segment at each place, -1 for padding."""
+        """Return the index of the segment at each position, -1 for padding."""
         out = np.full((len(self.shards), self.length), -1, np.int32)
         for shard, segment, start, stop in self._pieces():
             out[shard, start:stop] = segment
         return out
 
     def segments_of_blocks(self) -> NpBools["shard block segment"]:
-        """Whether a block holds tokens of a segment."""
+        """Return whether each block holds tokens of each segment."""
         out = np.zeros((len(self.shards), self.length // self.block, len(self.layout.segments)), bool)
         for shard, segment, start, stop in self._pieces():
             out[shard, start // self.block : -(-stop // self.block), segment] = True
         return out
 
     def _pieces(self) -> Iterator[tuple[int, int, int, int]]:
-        """(shard, segment, first place, place after the last) of every stretch of tokens of one segment."""
+        """Yield (shard, segment, first position, position after the last) of each run of tokens of one segment."""
         for shard, runs in enumerate(self.shards):
             for run in runs:
-                shift = run.at - run.start - shard * self.width  # from token to place
+                shift = run.at - run.start - shard * self.width  # from token to position
                 first, last = run.at - shift, run.at - shift + run.stop - run.start
                 for index, segment in enumerate(self.layout.segments):
                     start, stop = max(first, segment.start), min(last, segment.stop)
@@ -101,11 +104,13 @@ class Arrangement:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """What one device computes: its queries against all keys.
+    """The work of each device: its queries against all keys.
 
     Attributes:
-        visits: the blocks that the kernel computes, for each shard of the queries.
-        allowed_pairs: pairs of tokens that the mask allows, of all shards together.
+        queries: Arrangement of the queries, in one or more shards.
+        keys: Arrangement of the keys, in one shard.
+        visits: The blocks that the kernel computes, for each shard of the queries.
+        allowed_pairs: Number of token pairs that the mask allows, in all shards together.
     """
 
     queries: Arrangement
@@ -115,23 +120,23 @@ class Plan:
 
     @property
     def executed_pairs(self) -> int:
-        """Of the busiest shard: the others wait for it."""
+        """Pairs that the busiest shard computes, for which the others wait."""
         return int(self.visits.sum(axis=(1, 2)).max()) * self.queries.block * self.keys.block
 
     @property
     def ideal_pairs(self) -> float:
-        """Of each shard, if the allowed pairs were evenly spread and nothing else were computed."""
+        """Pairs per shard if the allowed pairs were spread evenly and nothing else were computed."""
         return self.allowed_pairs / len(self.queries.shards)
 
     @property
     def occupancy(self) -> float:
-        """Executed over ideal: 1 wastes nothing."""
+        """Executed pairs divided by ideal pairs. 1 means that no work is wasted."""
         return self.executed_pairs / self.ideal_pairs
 
 
 @functools.lru_cache(maxsize=64)
 def make_plan(mask: str, layout: SceneLayout, shards: int = 1) -> Plan:
-    """The cheapest plan for queries in so many equal shards, each against all keys."""
+    """Return the cheapest plan for queries in `shards` equal shards, each against all keys."""
     tokens = -(-layout.num_tokens // shards) * shards
     allowed = allowed_segments(mask, layout)
     pairs_allowed = allowed_pairs(mask, layout)
@@ -154,7 +159,7 @@ def make_plan(mask: str, layout: SceneLayout, shards: int = 1) -> Plan:
         blocks = _visits(q_segments, allowed, k_segments[0]).sum(axis=(1, 2)).max()
         pairs = queries.block * keys.block
         occupancy = blocks * pairs * shards / pairs_allowed
-        # Another run is another copy of the shard's queries; one that is nearly as good without it is better.
+        # Each further run is another copy of the shard's queries. A nearly equal plan without it is better.
         extra_runs = max(map(len, queries.shards)) - 1 if shards > 1 else 0
         block_cost = pairs + STEP_PAIRS + LOAD_PAIRS * (queries.block + keys.block)
         return max(occupancy, target), blocks * block_cost * (1 + 0.01 * extra_runs)
@@ -165,19 +170,25 @@ def make_plan(mask: str, layout: SceneLayout, shards: int = 1) -> Plan:
 
 
 def allowed_segments(mask: str, layout: SceneLayout) -> NpBools["segment segment"]:
+    """Return whether each segment (row, as query) may attend to each segment (column, as key)."""
     return np.array([[segment_allows(mask, q, k) for k in layout.segments] for q in layout.segments])
 
 
 def _visits(q_segments, allowed, k_segments) -> NpBools["shard qblock kblock"]:
-    """A block is computed if it holds an allowed pair; of queries that are all padding, one block, to give them
-    finite values."""
+    """Return the blocks that hold an allowed pair.
+
+    Queries that are all padding visit one block, which gives them finite values.
+    """
     visits = (q_segments.astype(np.float32) @ allowed @ k_segments.T.astype(np.float32)) > 0
     visits[:, :, 0] |= ~visits.any(axis=-1)
     return visits
 
 
 def _groupings(layout: SceneLayout) -> Iterator[list[list[tuple[int, int]]]]:
-    """one, kinds, scenes (see above): groups of ranges of tokens. Each ends with the last token of the layout."""
+    """Yield the groupings "one", "kinds" and "scenes" of the module docstring, as groups of token ranges.
+
+    The last range of each ends at the layout's last token.
+    """
     n, text, total = layout.num_scenes, layout.num_text_tokens, layout.num_tokens
     spans = [(segment.start, segment.stop) for segment in layout.segments]
     yield [[(0, total)]]
@@ -186,7 +197,7 @@ def _groupings(layout: SceneLayout) -> Iterator[list[list[tuple[int, int]]]]:
 
 
 def _arrange(layout: SceneLayout, groups, tokens: int, num_shards: int, block: int) -> Arrangement:
-    """Tokens past the layout's end (padding of the sequence, to shard it) go with its last token."""
+    """Arrange the tokens in groups. Tokens past the layout's end, which pad the sequence, go with the last."""
     groups = [*groups[:-1], [*groups[-1][:-1], (groups[-1][-1][0], tokens)]]
     width = tokens // num_shards
     shards = [_runs(groups, shard * width, width, block) for shard in range(num_shards)]
@@ -195,7 +206,7 @@ def _arrange(layout: SceneLayout, groups, tokens: int, num_shards: int, block: i
 
 
 def _runs(groups, first: int, width: int, block: int) -> tuple[TokenRun, ...]:
-    """The runs of the shard of tokens [first, first + width)."""
+    """Return the runs of the shard that holds tokens [first, first + width)."""
     runs, at = [], 0
     for group in groups:
         at = -(-at // block) * block

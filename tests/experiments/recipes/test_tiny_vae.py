@@ -15,6 +15,9 @@ from mask2dit_jax.pretrained.pretrained import Pretrained
 HELD_OUT = {"bikes.mp4": range(137, 187), "bigbuckbunny.mp4": range(88, 132)}
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def codec():
     return VideoCodec(Pretrained.open("tiny"), np.float32)
