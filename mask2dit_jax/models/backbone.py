@@ -26,6 +26,7 @@ class TransformerConfig(Protocol):
         patch_size: latent rows and columns of one video token.
         text_embed_dim: width of the text encoder's embeddings.
         text_tokens: text tokens of each scene, padding included.
+        sample_frames: pixel frames of one scene that the base model was trained with.
         num_heads: attention heads; `mesh.tensor` divides them.
         head_dim: channels of a head.
         sample_frames: pixel frames of one scene that the model was trained with.
@@ -39,6 +40,7 @@ class TransformerConfig(Protocol):
     patch_size: int
     text_embed_dim: int
     text_tokens: int
+    sample_frames: int
     num_heads: int
     head_dim: int
     sample_frames: int

@@ -85,5 +85,5 @@ def _parameters(name: str, config) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(COMPONENTS[name].module(config)))
 
 
-def _size(num_bytes: float) -> str:
+def _size(num_bytes: int | float) -> str:
     return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"

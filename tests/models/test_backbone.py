@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import nnx
 from safetensors.numpy import load_file
 
-from mask2dit_jax.config import LoRAConfig, OptimizerConfig, SamplerConfig, TrainConfig
+from mask2dit_jax.config import LoRAConfig, OptimizerConfig, SampleConfig, SamplerConfig, TrainConfig
 from mask2dit_jax.diffusion.schedule import NoiseSchedule, ScheduleConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.layout import SceneLayout
@@ -25,8 +25,10 @@ from mask2dit_jax.parallel.mesh import TENSOR, WEIGHTS, make_mesh
 from mask2dit_jax.parallel.sharding import P
 from mask2dit_jax.pretrained import stored_checkpoint
 from mask2dit_jax.pretrained.directory import save_diffusers
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
-from mask2dit_jax.sampling.window import SamplingConfig, WindowSampler
+from mask2dit_jax.sampling.engine import StoryEngine
+from mask2dit_jax.story.story import Scene, Story
 from mask2dit_jax.training import setup
 from mask2dit_jax.training.program import TrainProgram, global_batch
 from mask2dit_jax.training.step import Objective
@@ -39,10 +41,11 @@ class MixerConfig:
     """Tokens of one scene see each other's mean, and no token sees another scene."""
 
     width: int = 16
-    latent_channels: int = 4
+    latent_channels: int = 16
     patch_size: int = 2
-    text_embed_dim: int = 8
-    text_tokens: int = 5
+    text_embed_dim: int = 64
+    text_tokens: int = 6
+    sample_frames: int = 49
     num_heads: int = 1
     head_dim: int = 16
     sample_frames: int = 5
@@ -101,7 +104,7 @@ MIXER = Backbone(
     port_table=port_table,
     sharding_table=((r".*\.kernel", P(WEIGHTS, TENSOR)), (r".*\.bias", P())),
     sizes={"small": MixerConfig},
-    matmul_flops=lambda config, layout: 4 * layout.num_frames * layout.tokens_per_frame * 16 * config.width,
+    matmul_flops=lambda config, layout: 4 * layout.num_frames * layout.tokens_per_frame * 64 * config.width,
     attention_flops=lambda config, layout: 0,
 )
 
@@ -140,7 +143,7 @@ def test_its_config_is_one_of_a_transformer():
 def test_it_is_ported_both_ways(params, tmp_path):
     save_diffusers(tmp_path, "transformer", CONFIG, params)
     tensors = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert tensors["patch_proj.weight"].shape == (CONFIG.width, 16)
+    assert tensors["patch_proj.weight"].shape == (CONFIG.width, 64)
     assert json.loads((tmp_path / "transformer" / "config.json").read_text())["_class_name"] == "Mixer3DModel"
     source = TransformerSource.require(tmp_path)
     assert source.config() == CONFIG
@@ -165,7 +168,7 @@ def test_it_trains_a_step_on_a_mesh_as_a_config_says(params, tmp_path):
         optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1e-2),
     )
     save_diffusers(tmp_path, "transformer", CONFIG, params)
-    source, vae = TransformerSource.require(tmp_path), VAEConfig(latent_channels=4)
+    source, vae = TransformerSource.require(tmp_path), VAEConfig.cogvideox_5b()
     model = setup.stored_model(source, setup.model_from_scratch(config, vae, T5Config.tiny()), config)
     assert type(model) is MixerConfig
     program = setup.train_program(config, mesh_of(fsdp=2, context=1, tensor=2), model, vae, SCHEDULE.config)
@@ -182,20 +185,24 @@ def test_it_trains_a_step_on_a_mesh_as_a_config_says(params, tmp_path):
     assert all(jax.tree.leaves(changed))
 
 
-def test_it_samples_a_window(params, tmp_path):
-    save_diffusers(tmp_path, "transformer", CONFIG, params)
-    source, mesh = TransformerSource.require(tmp_path), mesh_of(fsdp=1)
-    model = source.config()
-    graph, abstract = registry.backbone_of(model).abstract(model, jnp.float32, mesh)
-    settings = SamplingConfig(SamplerConfig("ddim", 3), guidance_scale=2.0)
-    sampler = WindowSampler(graph, source.load(abstract), SCHEDULE, settings, mesh)
-    latents = jax.random.normal(jax.random.key(0), (1, LAYOUT.num_frames, 4, 4, 4))
-    text, negative = (jax.random.normal(jax.random.key(i), (1, 3, 5, 8)) for i in (1, 2))
-    known = np.array([True, False, False])
-    out = sampler(latents, text, negative, known, layout=LAYOUT, key=jax.random.key(3))
-    assert np.isfinite(out).all()
-    np.testing.assert_array_equal(out[:, :1], latents[:, :1])
-    assert (out[:, 1:] != latents[:, 1:]).all()
+def test_it_samples_a_story(params, tmp_path):
+    stored_checkpoint.save_params(tmp_path, params, {"model": CONFIG.to_json(), "pretrained": "tiny"})
+    config = SampleConfig(
+        num_scenes=2,
+        num_frames=5,
+        height=32,
+        width=32,
+        compute_dtype="float32",
+        sampler=SamplerConfig(num_steps=2),
+    )
+    engine = StoryEngine(Pretrained.open(tmp_path), config)
+    assert type(engine.model) is MixerConfig
+    story = Story("story", "Three scenes", tuple(Scene(prompt) for prompt in ("a fox", "a bear", "a hare")))
+    plan = engine.plan(story)
+    assert "for transformer" in engine.describe(plan)
+    scenes = list(engine.generate(plan))
+    assert [scene.number for scene in scenes] == [0, 1, 2]
+    assert all(scene.latents.shape == (2, 8, 8, 16) and np.isfinite(scene.latents).all() for scene in scenes)
 
 
 def test_adapters_that_it_does_not_have_are_refused():
