@@ -65,6 +65,7 @@ def test_a_process_of_its_own_ends_as_the_shared_one_does(commands, main):
     assert commands.fail_alone(main) == commands.fail(main)
 
 
+@pytest.mark.slow
 def test_a_bucket_without_its_package(commands, dataset, tmp_path):
     """In a process of its own, as whatever is installed is hidden from it."""
     (tmp_path / "gcsfs.py").write_text("raise ImportError('not installed')")

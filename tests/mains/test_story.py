@@ -147,6 +147,7 @@ def test_the_same_again(commands, story, tmp_path):
     assert (tmp_path / "storyboard.png").read_bytes() == (story[1] / "storyboard.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_stories_and_seeds(commands, story, pretrain_workdir, tmp_path):
     folder, _, _ = story
     both = f"{write(tmp_path)},{folder / 'story.yaml'}"

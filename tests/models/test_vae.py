@@ -40,11 +40,14 @@ def pixels(frames, height=8, width=8, batch=1):
     return jax.random.uniform(jax.random.key(1), (batch, frames, height, width, 3), minval=-1)
 
 
+one_chunk = nnx.jit(lambda coder, x, cache: coder(x, cache))
+
+
 def by_hand(coder, x, edges):
     """Run the chunks x[edges[i]:edges[i+1]] in turn, each with the cache of the one before."""
     outs, cache = [], None
     for start, stop in itertools.pairwise(edges):
-        out, cache = coder(x[:, start:stop], cache)
+        out, cache = one_chunk(coder, x[:, start:stop], cache)
         outs.append(out)
     return jnp.concatenate(outs, axis=1)
 

@@ -34,6 +34,7 @@ def test_draw():
 
 
 @pytest.mark.parametrize("frames", [9, 17])
+@pytest.mark.slow
 def test_the_vae_encodes_a_shorter_clip_as_the_beginning_of_the_longer(frames):
     vae: VAE = load_module(ASSETS / "tiny", "vae", dtype=jnp.float32)
     clip = np.random.default_rng(0).uniform(-1, 1, (1, 25, 16, 16, 3)).astype(np.float32)

@@ -68,6 +68,7 @@ def assert_close(a, b, **tolerance):
 
 
 @pytest.mark.parametrize("sizes", [ALONE, (1, 2, 1, 1)])
+@pytest.mark.slow
 def test_a_batch_in_parts_is_the_same_step(sizes):
     whole, (metrics, _) = run(program())
     parts, (in_parts, _) = run(program(UpdateConfig(accumulate_steps=2), sizes))
@@ -84,6 +85,7 @@ def test_parts_that_do_not_divide():
         program(UpdateConfig(2), (2, 2, 1, 1))
 
 
+@pytest.mark.slow
 def test_average():
     averaging = program(UpdateConfig(ema_decay=0.5))
     states = [run(averaging, n)[0] for n in (0, 1, 2)]
@@ -184,6 +186,7 @@ def test_adapters_begin_as_no_change_and_merge_into_the_same_model():
     np.testing.assert_allclose(predict(plain_graph, lora.merge(trained, LORA)), adapted, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_adapters_train_alone_and_on_every_mesh():
     (state, (metrics, _)), (sharded, _) = run(lora_program()), run(lora_program((1, 2, 1, 2)))
     assert_close(sharded.params, state.params, atol=2e-5)
