@@ -109,7 +109,7 @@ def in_torch(x, *order: int) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.asarray(x).transpose(order)))
 
 
-FRAMES_FIRST, CHANNELS_FIRST = (0, 1, 4, 2, 3), (0, 4, 1, 2, 3)  # b f h w c -> the transformer's, the VAE's
+FRAMES_FIRST, CHANNELS_FIRST = (0, 1, 4, 2, 3), (0, 4, 1, 2, 3)  # b f h w c -> axis orders of PyTorch's DiT and VAE
 
 
 class GroupedProcessor:

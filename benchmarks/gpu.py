@@ -89,7 +89,7 @@ def torch_half() -> dict:
         return (time.perf_counter() - begun) / repeats * 1e3
 
     class Block(nn.Module):
-        """A block of CogVideoX: adaLN, joint attention with normalized queries and keys, feed-forward."""
+        """A block of CogVideoX: adaLN, joint attention with normalised queries and keys, feed-forward."""
 
         def __init__(self, width, heads):
             super().__init__()

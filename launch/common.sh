@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Sourced by every script: the settings, quoting, and the one way to call gcloud.
+# Sourced by every script. Holds the settings, the quoting, and the only way to call gcloud.
 
 set -euo pipefail
 shopt -s inherit_errexit # bash 4.4
 
 LAUNCH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ENV_FILE=${ENV_FILE:-$LAUNCH/env}
-POLL=${POLL:-60} # seconds between two looks at a slice or a job
+POLL=${POLL:-60} # seconds between two checks of a slice or a job
 
-# Where a dry run prints: the terminal, from inside $(...) and from scripts that scripts call, too.
+# File descriptor of a dry run's output. It reaches the terminal even from inside $(...) and from nested scripts.
 if [[ -z ${DRY_RUN_OUT:-} ]]; then
   exec {DRY_RUN_OUT}>&1
   export DRY_RUN_OUT
@@ -23,17 +23,17 @@ die() {
 
 usage() { die "usage: $*"; }
 
-# Names of variables that must be set.
+# need NAME...: fails unless all these variables are set.
 need() {
   local name missing=()
   for name; do [[ -n ${!name:-} ]] || missing+=("$name"); done
-  ((${#missing[@]} == 0)) || die "not set: ${missing[*]}; fill in $ENV_FILE (launch/env.example shows how)"
+  ((${#missing[@]} == 0)) || die "not set: ${missing[*]}; fill in $ENV_FILE (see launch/env.example)"
 }
 
-# A name that is mistyped costs no slice.
+# Rejects a mistyped stage before a slice is created for it.
 check_stage() {
   [[ $1 =~ ^[a-z_]+$ && -f $LAUNCH/../mask2dit_jax/$1.py ]] ||
-    die "there is no stage $1; one is a file mask2dit_jax/STAGE.py, like train or self_check"
+    die "there is no stage $1; a stage is a file mask2dit_jax/STAGE.py, such as train or self_check"
 }
 
 load_settings() {
@@ -47,7 +47,7 @@ load_settings() {
 
 dry() { [[ ${DRY_RUN:-0} == 1 ]]; }
 
-# The words as a shell reads them back: spaces and quotes inside a word survive the way to a worker.
+# Quotes words for a shell, so that spaces and quotes inside a word survive the way to a worker.
 quoted() {
   local line
   printf -v line ' %q' "$@"
@@ -64,11 +64,11 @@ cloud() {
 
 tpus() { cloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet; }
 
-# on_workers all|NUMBER COMMAND: the command is one string, for the shell of the worker.
+# on_workers all|NUMBER COMMAND: runs the command, a single string, in the shell of the workers.
 on_workers() {
   local flags
   read -ra flags <<<"${SSH_FLAGS:-}"
-  # A worker that is gone must not hold the line: no answer for a minute is an error.
+  # A lost worker must not block the script, so no answer for a minute is an error.
   tpus tpu-vm ssh "$NAME" --worker="$1" --command="$2" ${flags[@]+"${flags[@]}"} --ssh-flag="-o ConnectTimeout=30" \
     --ssh-flag="-o ServerAliveInterval=15" --ssh-flag="-o ServerAliveCountMax=4"
 }

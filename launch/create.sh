@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Queues a slice (or, with --now, creates it at once or fails) and waits until it is ready.
+# Queues a slice and waits until it is ready. With --now, the slice is created immediately or not at all.
 source "$(dirname "$0")/common.sh"
 source "$LAUNCH/slice.sh"
 
@@ -9,6 +9,6 @@ case "$*" in
   *) usage "launch/create.sh [--now]" ;;
 esac
 load_settings
-request_slice "$how" || die "slice $NAME was refused; gcloud says why"
-wait_until_ready || die "slice $NAME did not get ready; launch/delete.sh, then create it again"
+request_slice "$how" || die "slice $NAME was refused; see the message of gcloud above"
+wait_until_ready || die "slice $NAME did not become ready; run launch/delete.sh, then create it again"
 say "next: launch/install.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deletes the slice, queued or not; what is in the bucket stays.
+# Deletes the slice, queued or running. The bucket is not touched.
 source "$(dirname "$0")/common.sh"
 source "$LAUNCH/slice.sh"
 

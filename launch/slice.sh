@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced: the life of a slice. It is either a queued resource with a node of the same name, or a node alone.
+# Sourced. The life cycle of a slice, which is a queued resource with a node of the same name, or only a node.
 
-# describe KIND FIELD: its value, or NONE if there is no such thing. Any other failure is one: an error of the network
-# must not look like a slice that is gone.
+# describe KIND FIELD: prints the value of a field, or NONE if the resource does not exist. Any other error is a
+# failure, because a network error must not look like a lost slice.
 describe() {
   local errors code=0
   errors=$(mktemp)
@@ -17,8 +17,8 @@ describe() {
   return "$code"
 }
 
-# READY, NONE, or what Google calls the state of the queue or of the node. A node that is preempted while its queued
-# resource still says ACTIVE counts as what the node says.
+# Prints READY, NONE, or Google's name for the state of the queued resource or the node. If the queued resource is
+# ACTIVE, the state of the node counts, because a preempted node may leave its queued resource ACTIVE.
 slice_state() {
   local queue node
   queue=$(describe queued-resources state.state) || return
@@ -32,7 +32,7 @@ slice_state() {
   echo "$node"
 }
 
-# States that nothing leads out of but deleting.
+# Whether a slice in this state can only be deleted.
 is_lost() {
   case $1 in
     LOST | FAILED | SUSPENDING | SUSPENDED | PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING | HIDING | HIDDEN) ;;
@@ -40,13 +40,13 @@ is_lost() {
   esac
 }
 
-# request_slice queue|now
+# request_slice queue|now: requests the slice.
 request_slice() {
   need ACCELERATOR RUNTIME_VERSION
   local flags
   read -ra flags <<<"${CREATE_FLAGS:-}"
   if [[ ${SPOT:-0} == 1 ]]; then flags+=(--spot); fi
-  # The workers write to the bucket; what else they may is up to their service account.
+  # The workers need to write to the bucket. Their service account limits what else they may do.
   flags+=(--accelerator-type="$ACCELERATOR" --scopes=https://www.googleapis.com/auth/cloud-platform)
   case $1 in
     queue) tpus queued-resources create "$NAME" --node-id="$NAME" --runtime-version="$RUNTIME_VERSION" "${flags[@]}" ;;
@@ -54,7 +54,7 @@ request_slice() {
   esac
 }
 
-# Fails when the slice is lost on the way.
+# Fails if the slice is lost before it is ready.
 wait_until_ready() {
   local state said=""
   while :; do

@@ -164,7 +164,7 @@ def batches(stages):
 
 
 def set_start(vae: VAE) -> None:
-    """Initialize the VAE so that it learns detail early.
+    """Initialise the VAE so that it learns detail early.
 
     The posterior starts narrow. At logvar 0, its noise would drown everything except the brightness of a block, and
     leaving that optimum takes a thousand steps. Residual branches start at zero and spatial norms start plain, so the

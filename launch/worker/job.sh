@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# On a worker: the one job it runs. `start` detaches it from the ssh that brought it; its folder holds pid, log and exit.
+# Manages the job of a worker, which runs one job at a time. `start` detaches it from the ssh session. The job's folder
+# contains the files pid, log and exit.
 set -euo pipefail
 
 REPO=$(cd "$(dirname "$0")/../.." && pwd)
 JOBS=$HOME/mask2dit_jobs
 PYTHON=${PYTHON:-$REPO/.venv/bin/python}
 UPLOAD_EVERY=${UPLOAD_EVERY:-60}
-# JAX takes 100 s to notice a partner that died. Who starts again earlier meets workers that still wait for the old one;
-# three times a minute outlasts that.
+# JAX takes 100 s to notice a dead worker. A worker that restarts earlier meets others that still wait for its old
+# process. Three restarts a minute apart outlast that.
 RESTART_DELAY=${RESTART_DELAY:-60}
-STOP_WAIT=${STOP_WAIT:-600} # seconds for the step in flight to end, and for the checkpoint to reach the bucket
-# An attempt that lasted ten minutes shows that the job can run: restarts are counted anew, unless it ended as the one
-# before did, in the same words.
+STOP_WAIT=${STOP_WAIT:-600} # seconds for the current step to end and for its checkpoint to reach the bucket
+# An attempt of ten minutes shows that the job can run, so the count of restarts begins anew, unless the attempt ended
+# with the same error message as the one before.
 GOOD_WHILE=${GOOD_WHILE:-600}
 
-# GKE says it in a variable, a TPU VM in its metadata.
+# Prints the number of this worker. GKE sets a variable; a TPU VM has it in its metadata.
 worker_number() {
   local metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
   echo "${TPU_WORKER_ID:-$(curl -sf -H 'Metadata-Flavor: Google' "$metadata")}"
@@ -29,13 +30,13 @@ upload() { gcloud storage cp --quiet "$1" "$HOME_IN_BUCKET/jobs/$(basename "$(di
 start() {
   local folder=$JOBS/$1
   if is_running "$JOBS/$(current_job)"; then
-    echo "error: worker $number runs $(current_job); launch/job.sh stop ends it" >&2
+    echo "error: worker $number runs $(current_job); stop it with launch/job.sh stop" >&2
     exit 1
   fi
   mkdir -p "$folder"
   echo "$1" >"$JOBS/current"
-  # A session of its own: it outlives the ssh, and stop finds all of it as one group. Whoever asks for the status before
-  # there is a group would take the job for lost.
+  # In its own session, the job outlives ssh, and stop can signal the whole process group. Wait until the group exists:
+  # a status request before that would report the job as lost.
   setsid nohup bash "$0" loop "$@" >"$folder/log" 2>&1 </dev/null &
   while kill -0 $! 2>/dev/null && ! kill -0 -- -$! 2>/dev/null; do sleep 0.05; done
   echo $! >"$folder/pid"
@@ -52,7 +53,7 @@ loop() {
     if ((code && SECONDS - began >= GOOD_WHILE)) && [[ -z $why || $why != "$before" ]]; then left=${RESTARTS:-3}; fi
     before=$why
     if ((code == 0 || left-- <= 0)); then break; fi
-    echo "$stage ended with $code: starting it again, ${left} more after this"
+    echo "$stage exited with $code; restarting it, with ${left} restarts left after this one"
     sleep "$RESTART_DELAY"
   done
   kill "$uploader"
@@ -68,7 +69,7 @@ attempt() {
   "$PYTHON" -m "mask2dit_jax.$1" "${@:2}"
 }
 
-# Told to end, it ends the upload under way, so that no older log replaces the last one.
+# On SIGTERM, end the upload under way, so that no older log replaces the last one.
 keep_uploading() {
   local sleeper
   trap 'kill "$sleeper" 2>/dev/null || :; exit 0' TERM
@@ -76,7 +77,7 @@ keep_uploading() {
     sleep "$UPLOAD_EVERY" &
     sleeper=$!
     wait "$sleeper"
-    upload "$1/log" "worker_$number.log" || echo "the log cannot be uploaded"
+    upload "$1/log" "worker_$number.log" || echo "cannot upload the log"
   done
 }
 
@@ -87,7 +88,7 @@ finish() {
   upload "$1/exit" "worker_$number.exit" || :
 }
 
-# One line, read by launch/watch.sh.
+# Prints one line, which launch/watch.sh parses.
 status() {
   local folder
   folder=$JOBS/$(current_job)

@@ -51,7 +51,7 @@ def probe(path: str | Path) -> VideoInfo:
     with _open(path) as (container, stream):
         discarded = [packet.is_discard for packet in container.demux(stream) if packet.size]
         if len(discarded) < stream.frames:
-            raise UserError(f"{path}: truncated, {len(discarded)} of {stream.frames} frames are there; {_REMEDY}")
+            raise UserError(f"{path}: truncated, {len(discarded)} of {stream.frames} frames are present; {_REMEDY}")
         fps = stream.average_rate or stream.guessed_rate
         num_frames = discarded.count(False)
     if not fps or not num_frames:

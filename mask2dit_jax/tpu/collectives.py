@@ -56,7 +56,7 @@ class Interconnect:
     """The links between the chips of a compiled program."""
 
     def __init__(self, topology: Topology, devices: list):
-        """Initialize from the devices of the topology, in the order of the program's mesh."""
+        """Initialise from the devices of the topology, in the order of the program's mesh."""
         self._topology = topology
         slices = [getattr(device, "slice_index", None) or 0 for device in devices]
         # A program for several slices numbers the chips within each slice. All slices are alike.

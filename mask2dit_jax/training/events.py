@@ -75,16 +75,17 @@ class EventFile:
     def _add(self, made, step: int) -> None:
         event = Event(wall_time=time.time(), step=step, summary=made)
         self._try(lambda: self._opened().write_event(event))
-        if (
-            self._writer and time.monotonic() - self._flushed > FLUSH_SECONDS
-        ):  # in a bucket, a flush uploads the whole file
+        # Rarely, because in a bucket a flush uploads the whole file.
+        if self._writer and time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._try(self._writer.flush)
             self._flushed = time.monotonic()
 
     def _opened(self) -> EventsWriter:
         if self._writer is None:
             directory_check(self._folder)
-            suffix = f".{self._num_opened}" if self._num_opened else ""  # names of files differ only by the second
+            suffix = (
+                f".{self._num_opened}" if self._num_opened else ""
+            )  # tensorboardX's own names differ only by the second
             self._writer = EventsWriter(f"{self._folder}/events", suffix)
             self._num_opened += 1
         return self._writer

@@ -18,7 +18,7 @@ class StopRequest:
     """
 
     def __init__(self):
-        """Prepare the context. `jax.distributed` must be initialized before, if it is used."""
+        """Prepare the context. `jax.distributed` must be initialised first, if it is used."""
         self._asked = False
         self._by_jax = jax.distributed.is_initialized()  # JAX then has its own signal handler
 

@@ -44,12 +44,14 @@ def test_create_now(cloud):
 
 def test_create_names_what_to_do_when_the_slice_is_lost(cloud):
     cloud.will(states="PROVISIONING FAILED")
-    assert cloud.fail("create.sh") == ("error: slice pod did not get ready; launch/delete.sh, then create it again")
+    assert cloud.fail("create.sh") == (
+        "error: slice pod did not become ready; run launch/delete.sh, then create it again"
+    )
 
 
 def test_create_refused(cloud):
     cloud.will(refuse="queued-resources create")
-    assert cloud.fail("create.sh") == "error: slice pod was refused; gcloud says why"
+    assert cloud.fail("create.sh") == "error: slice pod was refused; see the message of gcloud above"
     assert cloud.commands == ["create"]
 
 

@@ -30,7 +30,7 @@ def test_preemption_brings_a_new_slice_and_the_same_command(cloud):
     assert finished.returncode == 0, finished.stderr
     assert essential(cloud) == ["create", "pack", "install", "start", "delete", "create", "install", "start"]
     assert all("--spot" in call for call in cloud.calls if "create" in call)
-    assert "pod is SUSPENDED: deleting what is left of it" in finished.stderr
+    assert "pod is SUSPENDED; deleting it" in finished.stderr
     for number in (0, 1):
         assert [run["arguments"] for run in cloud.runs(number) if run["arguments"] == TRAIN] == [TRAIN] * 2
     assert len(cloud.in_bucket("bucket/runs/pod/jobs/*/worker_0.log")) >= 1
@@ -46,21 +46,21 @@ def test_a_node_that_is_preempted_under_an_active_queue(cloud):
 def test_a_job_that_fails_ends_the_watch_and_keeps_the_slice(cloud):
     cloud.will(train="fail")
     line = cloud.fail(*RUN, RESTARTS="1")
-    assert line.startswith("error: the job failed; launch/job.sh logs WORKER says why")
+    assert line.startswith("error: the job failed; launch/job.sh logs WORKER shows why")
     assert essential(cloud) == ["create", "pack", "install", "start"]
     assert cloud.stages(0).count("train") == 2
 
 
 def test_a_mistyped_stage_costs_no_slice(cloud):
     assert cloud.fail("watch.sh", "trian") == (
-        "error: there is no stage trian; one is a file mask2dit_jax/STAGE.py, like train or self_check"
+        "error: there is no stage trian; a stage is a file mask2dit_jax/STAGE.py, such as train or self_check"
     )
     assert cloud.commands == []
 
 
 def test_first_request_refused(cloud):
     cloud.will(refuse="queued-resources create")
-    assert cloud.fail(*RUN) == "error: slice pod was refused; gcloud says why"
+    assert cloud.fail(*RUN) == "error: slice pod was refused; see the message of gcloud above"
     assert cloud.commands == ["create"]
 
 
@@ -79,7 +79,7 @@ def test_started_again_it_watches_the_job_that_runs(cloud):
     before = len(essential(cloud))
     finished = _watch_and_preempt(cloud)
     assert finished.returncode == 0, finished.stderr
-    assert "a job runs already: watching it" in finished.stderr
+    assert "a job is running already; watching it" in finished.stderr
     assert essential(cloud)[before:] == ["delete", "create", "install", "start"]
 
 

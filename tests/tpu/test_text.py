@@ -313,7 +313,7 @@ def test_groups_that_cannot_be_read_are_an_error():
         ("v5e:4x4", "[1,16]<=[16]", "xy", 2),
         ("v5e:4x4", "{{0,1,4,5}}", "xy", 2),  # a square of neighbours
         ("v5e:4x4", "{{0,2}}", "x", 1 / 2),  # {1,3} uses the link between them too
-        ("v5e:4x4", "{{0,5,10,15}}", "xy", 1),  # no box
+        ("v5e:4x4", "{{0,5,10,15}}", "xy", 1),  # not a box
         ("v5e:16x16", "[16,16]<=[256]", "x", 2),  # a ring
         ("v5e:16x16", "[1,256]<=[256]", "xy", 4),
         ("v5e:16x16", "{{0,1,2,3,4,5,6,7}}", "x", 1),  # half of a ring is a line
