@@ -48,7 +48,9 @@ class TransformerSource:
             folder = stored_checkpoint.find(path)
             has_ema = (folder / "ema").exists()
             if weights == "ema" and not has_ema:
-                raise UserError(f"checkpoint {folder} holds no average; train with --config.ema_decay, or take params")
+                raise UserError(
+                    f"checkpoint {folder} holds no moving average; train with --config.ema_decay, or use weights=params"
+                )
             return cls(folder, is_checkpoint=True, is_ema=has_ema and weights != "params")
         if port.has_weights(path, "transformer"):
             return cls(epath.Path(path), is_checkpoint=False)

@@ -5,8 +5,8 @@
     for scene in engine.generate(engine.plan(Story.from_prompts(prompts))):
         write_video(f"scene_{scene.number + 1}.mp4", scene.frames(), config.fps)
 
-Data flows one way: a story (`story/`) becomes a plan, the engine makes scenes of the plan, and whoever asks for them
-keeps them (`story/folder.py` on disk).
+Data flows one way: a story file becomes a story and then a plan (`story/`), the engine turns the plan into scenes, and
+the caller keeps them (`story/folder.py` on disk).
 """
 
 import dataclasses
@@ -206,7 +206,7 @@ class StoryEngine:
 
     @property
     def display(self) -> str:
-        """What decides how frames are made from latents, in words."""
+        """Everything that decides how latents become frames, in words."""
         return f"VAE {self.weights['vae']}, {self._config.decode_chunking}, {self._config.fps} frames a second"
 
     def embed(self, plans: Iterable[StoryPlan]) -> None:

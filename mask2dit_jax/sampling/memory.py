@@ -74,7 +74,7 @@ class SamplingMemory:
             value / num_devices for value in (self.text_encoder, self.transformer, self.activations)
         )
         return [
-            f"memory a device ({num_devices}), at least: {_size(text_encoder)} for the text encoder, then freed;",
+            f"memory per device ({num_devices}), at least: {_size(text_encoder)} for the text encoder, then freed;",
             f"  {_size(transformer + self.vae + activations)} for transformer {_size(transformer)}, "
             f"VAE {_size(self.vae)} and activations {_size(activations)}; not counted: workspace of attention and VAE",
             f"latents on disk: {_size(self.latents_on_disk)}",

@@ -86,7 +86,7 @@ class StoryLatents(MutableMapping[int, np.ndarray]):
         self._path(scene).unlink()
 
     def has_file(self, scene: int) -> bool:
-        """Whether there is a file at all, even one that is damaged or was made with other settings."""
+        """Return whether there is a file at all, even one that is damaged or was made with other settings."""
         return self._path(scene).exists()
 
     def show(self, scene: int, display: str, shown: Shown) -> None:
@@ -101,7 +101,7 @@ class StoryLatents(MutableMapping[int, np.ndarray]):
         self._write(scene, latents=self[scene], display=np.array(display), frames=shown.frames, statistics=statistics)
 
     def is_shown(self, scene: int, display: str) -> bool:
-        """Whether the scene has been shown in the way that `display` says."""
+        """Return whether the scene has been shown in the way that `display` says."""
         stored = self._read(scene, "display")
         return stored is not None and str(stored["display"]) == display
 

@@ -192,7 +192,7 @@ def test_a_plan_writes_nothing(commands, pretrain_workdir, tmp_path):
     assert int(lost[0]) > 10_000
     assert lost[1].endswith("finally")
     assert len(lost[1]) < 400
-    assert "memory a device (1), at least" in finished.stdout
+    assert "memory per device (1), at least" in finished.stdout
     assert not (tmp_path / "out").exists()
     assert "reading" not in finished.stderr
 
