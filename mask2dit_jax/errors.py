@@ -147,8 +147,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             _die(f"config file {file!r} does not exist or is no Python file; give one like configs/sft.py:tiny")
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        _die(_unset_flags() or (path and _wrong_config(path, argv)) or str(error))
+    except (flags.Error, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        _die(_unset_flags() or _wrong_config(path, argv) or str(error))
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
@@ -178,16 +178,17 @@ def _passes(validator: Any) -> bool:
     return True
 
 
-def _wrong_config(path: str, argv: Sequence[str]) -> str | None:
-    """Return what is wrong with the config or with a field set in it.
+def _wrong_config(path: str | None, argv: Sequence[str]) -> str | None:
+    """Return what is wrong with the config or with a field set in it, if the main takes a config.
 
     ml_collections reports a field that does not exist as a KeyError, or an AttributeError, that names neither the
     argument nor its part in it, and an error inside the file as the text of its traceback. So the file is loaded again
     and the fields are looked up here.
     """
-    parser = flags.FLAGS["config"].parser
+    if path is None or "config" not in flags.FLAGS:
+        return None
     try:
-        config = parser.parse(path)
+        config = flags.FLAGS["config"].parser.parse(path)
     except ImportError as error:
         return f"the config cannot be read: {error}; start in the folder that holds configs/"
     except (TypeError, ValueError) as error:  # raised while the file's own error was handled

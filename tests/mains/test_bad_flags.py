@@ -55,7 +55,7 @@ TRAIN, SAMPLE = "configs/pretrain.py:tiny", "configs/sample.py:tiny"
         ("junk", ["junk", "--config.field=value"]),
     ],
 )
-def test_train(commands, dataset, tmp_path, flag, told):
+def test_train_refuses_what_it_cannot_run(commands, dataset, tmp_path, flag, told):
     line = commands.fail("train", *commands.train_flags("pretrain", tmp_path / "run", dataset.csv, flag))
     assert all(words in line for words in told), line
 
@@ -66,7 +66,7 @@ def test_a_process_of_its_own_ends_as_the_shared_one_does(commands, main):
 
 
 @pytest.mark.slow
-def test_a_bucket_without_its_package(commands, dataset, tmp_path):
+def test_a_bucket_without_its_package_names_what_to_install(commands, dataset, tmp_path):
     """In a process of its own, as whatever is installed is hidden from it."""
     (tmp_path / "gcsfs.py").write_text("raise ImportError('not installed')")
     flags = map(str, commands.train_flags("pretrain", "gs://bucket/run", dataset.csv))
@@ -104,7 +104,7 @@ def test_a_bucket_without_its_package(commands, dataset, tmp_path):
         ("junk", ["junk", "--config.field=value"]),
     ],
 )
-def test_sample(commands, pretrain_workdir, tmp_path, flag, told):
+def test_sample_refuses_what_it_cannot_make(commands, pretrain_workdir, tmp_path, flag, told):
     fields = settings(checkpoint=pretrain_workdir)
     fields += settings(num_scenes=2) if "anchor" in flag else ()
     if "prompts" not in flag:  # given twice, a tuple is the sum of both
@@ -136,6 +136,8 @@ def test_sample(commands, pretrain_workdir, tmp_path, flag, told):
         ("port_weights", ["--from=configs", "--to=setup.py"], ["--to=setup.py is there already"]),
         ("port_weights", ["--from=configs", "--to=setup.py/new"], ["--to=setup.py/new cannot be written"]),
         ("port_weights", ["--from=a", "--to=b", "--dtype=float16"], ["--dtype=float16", "float32|bfloat16"]),
+        ("port_weights", ["--from=a", "--to=b", f"--config={TRAIN}"], ["Unknown command line flag 'config'"]),
+        ("train", [f"--config={TRAIN}", "--workdir=run", "--config.num_steps", "abc"], ["--config.num_steps", "type"]),
         ("port_weights", ["a", "b", "--from=a", "--to=b"], ["what is a?", "--from=DIR"]),
         ("build_data", [], ["--output must be given"]),
         ("build_data", ["--videos=nowhere.mp4", "--output=new"], ["nowhere.mp4: no such file"]),
@@ -155,7 +157,7 @@ def test_sample(commands, pretrain_workdir, tmp_path, flag, told):
         ("evaluate", ["--story=nowhere", "--shots=nowhere.csv"], ["nowhere/run.json"]),
     ],
 )
-def test_other_command_lines(commands, main, flags, told):
+def test_every_main_says_what_is_missing_or_wrong(commands, main, flags, told):
     line = commands.fail(main, *flags)
     assert all(words in line for words in told), line
 
@@ -169,7 +171,7 @@ def test_a_batch_is_shared_out_over_all_devices(commands, dataset, tmp_path):
     assert "does not fit 2 devices; set --config.mesh.AXIS" in commands.fail_alone("train", *flags, **devices)
 
 
-def test_folders_that_cannot_be_written(commands, dataset, pretrain_workdir, tmp_path):
+def test_folders_that_cannot_be_written_are_named(commands, dataset, pretrain_workdir, tmp_path):
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "below"
     line = commands.fail("train", *commands.train_flags("pretrain", below, dataset.csv))
@@ -184,7 +186,7 @@ def test_folders_that_cannot_be_written(commands, dataset, pretrain_workdir, tmp
 
 
 @pytest.mark.parametrize("main", ["train", "sample", "port_weights", "build_data", "evaluate"])
-def test_help(commands, main):
+def test_help_shows_the_flags_and_a_command(commands, main):
     finished = commands(main, "--help")
     assert "--" in finished.stdout
     assert "python -m" in finished.stdout

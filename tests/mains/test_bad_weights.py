@@ -70,7 +70,7 @@ def copy(diffusers_directory, tmp_path) -> Path:
         ("transformer", remove_tensor, ["tensor", "is missing"]),
     ],
 )
-def test_porting(commands, copy, tmp_path, component, damage, told):
+def test_porting_names_the_fault(commands, copy, tmp_path, component, damage, told):
     damage(copy / component)
     line = commands.fail("port_weights", f"--from={copy}", f"--to={tmp_path / 'workdir'}")
     if "config" not in line or "json" in line:
@@ -78,7 +78,7 @@ def test_porting(commands, copy, tmp_path, component, damage, told):
     assert all(words in line for words in told), line
 
 
-def test_sampling(commands, copy, tmp_path):
+def test_sampling_names_the_fault(commands, copy, tmp_path):
     def fail(**fields):
         given = settings(pretrained=copy, prompts=PROMPTS, checkpoint="", **fields)
         return commands.fail(
@@ -101,7 +101,7 @@ def test_sampling(commands, copy, tmp_path):
     assert f"no transformer weights in {copy}" in fail()
 
 
-def test_training(commands, copy, dataset, pretrain_workdir, tmp_path):
+def test_training_names_the_fault(commands, copy, dataset, pretrain_workdir, tmp_path):
     def fail(**fields):
         return commands.fail("train", *commands.train_flags("pretrain", tmp_path / "run", dataset.csv, **fields))
 
@@ -112,7 +112,7 @@ def test_training(commands, copy, dataset, pretrain_workdir, tmp_path):
     assert "scheduler_config.json" in fail(pretrained=copy)
 
 
-def test_a_storyboard_without_a_vae(commands, copy, dataset, tmp_path):
+def test_a_storyboard_without_a_vae_is_refused_before_the_first_step(commands, copy, dataset, tmp_path):
     """Said before the first step; without storyboards, latents that are there already need no VAE."""
     for file in (copy / "vae").glob("*.safetensors*"):
         file.unlink()
@@ -121,7 +121,7 @@ def test_a_storyboard_without_a_vae(commands, copy, dataset, tmp_path):
     assert f"{copy}/vae holds no weights; storyboards need it; set sample_every=0" in line
 
 
-def test_the_only_checkpoint_is_damaged(commands, pretrain_workdir, dataset, tmp_path):
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_begin_anew(commands, pretrain_workdir, dataset, tmp_path):
     """It is kept under another name, and the run does not begin anew unasked."""
     workdir = shutil.copytree(pretrain_workdir, tmp_path / "run")
     (workdir / "checkpoints" / "2" / "record" / "metadata").write_text("{")

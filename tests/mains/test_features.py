@@ -41,7 +41,7 @@ def straight(commands, dataset, pretrain_workdir, tmp_path_factory):
     return workdir
 
 
-def test_what_is_logged(straight):
+def test_everything_that_is_switched_on_is_logged(straight):
     found = scalars(straight)
     assert {
         *("loss", "grad_norm", "param_norm", "learning_rate", "steps_per_second", "samples_per_second"),
@@ -140,7 +140,7 @@ def test_lora_samples_and_starts_a_next_stage(commands, adapted, dataset, tmp_pa
     assert f"start: parameters of {adapted / 'checkpoints' / '3'}" in log
 
 
-def test_faults(commands, dataset, adapted, tmp_path):
+def test_features_that_do_not_fit_are_refused(commands, dataset, adapted, tmp_path):
     """Adapters of nothing; a rank that is not the run's; an average that is not there."""
     flags = commands.train_flags("sft", tmp_path / "run", dataset.json, **LORA)
     assert "lora adapts weights, and there are none" in commands.fail("train", *flags)

@@ -53,7 +53,7 @@ def test_two_processes_take_the_steps_of_one(references):
 
 
 @pytest.mark.parametrize(("count", "kills"), [(1, 3), (2, 1)])
-def test_kill_9(count, kills, commands, dataset, references, tmp_path):
+def test_a_run_that_is_killed_ends_as_if_it_were_not(count, kills, commands, dataset, references, tmp_path):
     """`python -m tests.mains.killing` does it 20 times."""
     killed = tmp_path / "killed"
 
@@ -66,7 +66,7 @@ def test_kill_9(count, kills, commands, dataset, references, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_sigterm(count, commands, dataset, references, tmp_path):
+def test_sigterm_saves_the_same_step_in_all_processes(count, commands, dataset, references, tmp_path):
     """One process is told; all of them save the same step, and the job counts as not done."""
     workdir = tmp_path / "run"
     unending = flags(commands, dataset, workdir, num_steps=10_000, checkpoint_every=10_000)
@@ -95,7 +95,7 @@ def without_record(folder):
     (folder / "record" / "metadata").unlink()
 
 
-def test_damaged_checkpoints(commands, dataset, references, tmp_path):
+def test_damaged_checkpoints_are_set_aside_and_made_again(commands, dataset, references, tmp_path):
     """The newest two are damaged, each in its way; the third is used, and the steps of the others are saved again."""
     workdir = beginning(references[1], tmp_path / "damaged", STEPS - 2, STEPS - 1, STEPS)
     folder = workdir / "checkpoints"
@@ -111,7 +111,7 @@ def test_damaged_checkpoints(commands, dataset, references, tmp_path):
     assert {path.name for path in folder.glob("damaged-*")} == {f"damaged-{STEPS}", f"damaged-{STEPS - 1}"}
 
 
-def test_no_checkpoint_is_whole(commands, dataset, references, tmp_path):
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(commands, dataset, references, tmp_path):
     """A run that has been somewhere never starts over in silence, however often it is started."""
     workdir = beginning(references[1], tmp_path / "run", 1)
     cut(workdir / "checkpoints" / "1")
@@ -124,7 +124,7 @@ def test_no_checkpoint_is_whole(commands, dataset, references, tmp_path):
         assert "set aside as damaged-STEP; delete these to start this run over" in line
 
 
-def test_full_disk(commands, dataset, references, tmp_path):
+def test_a_full_disk_is_named_and_the_run_goes_on_later(commands, dataset, references, tmp_path):
     """A disk of its own with room for the first checkpoint and not for a second.
 
     Where a mount namespace is refused, a limit on the size of a file stands for it.
@@ -162,7 +162,7 @@ def test_full_disk(commands, dataset, references, tmp_path):
     assert "start: resuming step 1" in (tmp_path / "printed.again").read_text()
 
 
-def test_another_mesh(commands, dataset, references, tmp_path):
+def test_a_run_goes_on_on_another_mesh(commands, dataset, references, tmp_path):
     """1 x 4 -> 2 x 2 -> one device; then two processes: the losses go on to rounding."""
     workdir, reference = tmp_path / "run", scalars(references[1])["loss"]
     environment = {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=4"}

@@ -50,7 +50,7 @@ def ported(commands, authors, tmp_path_factory):
     return workdir
 
 
-def test_there_and_back(commands, authors, ported, tmp_path):
+def test_there_and_back_nothing_is_lost(commands, authors, ported, tmp_path):
     finished = commands.succeed("port_weights", f"--from={ported}", f"--to={tmp_path / 'back'}")
     assert all(name in finished.stdout for name in (*COMPONENTS, "tokenizer", "scheduler"))
     for name in COMPONENTS:
@@ -73,7 +73,7 @@ def test_ported_encoders_pass_for_what_they_were(commands, authors, ported, tmp_
     assert port.fingerprint(tmp_path / "half", names) != port.fingerprint(authors, names)
 
 
-def test_bfloat16(commands, ported, tmp_path):
+def test_an_export_in_bfloat16_is_all_bfloat16(commands, ported, tmp_path):
     commands.succeed("port_weights", f"--from={ported}", f"--to={tmp_path / 'half'}", "--dtype=bfloat16")
     for name in COMPONENTS:
         assert {value.dtype.name for value in tensors(tmp_path / "half" / name).values()} == {"bfloat16"}

@@ -34,7 +34,7 @@ def train_together(commands, count: int, folder, flags, main="train", last=()) -
         return list(pool.map(run, range(count)))
 
 
-def test_training(commands, dataset, pretrain_workdir, tmp_path):
+def test_four_processes_take_the_steps_of_one(commands, dataset, pretrain_workdir, tmp_path):
     """Four on a mesh of two axes (two: test_kills.py). The cache is new: they also share the encoding of the clips."""
     count, fields = 4, {"mesh__fsdp": 2, "mesh__context": 2, "data__cache": tmp_path / "cache"}
     workdir = tmp_path / "run"

@@ -81,7 +81,7 @@ def test_another_seed_is_another_run(commands, dataset, pretrain_workdir, straig
     assert sorted(scalars(tmp_path / "other")["loss"]) == [2]  # the last window is short, not lost
 
 
-def test_scalars(straight, pretrain_workdir):
+def test_every_step_is_logged(straight, pretrain_workdir):
     found = scalars(straight[0])
     assert {"loss", "grad_norm", "learning_rate", "steps_per_second"} < found.keys()
     assert found.keys() & {"loss_fixed", "loss_extension"}
@@ -91,7 +91,7 @@ def test_scalars(straight, pretrain_workdir):
     assert "loss_extension" not in scalars(pretrain_workdir)  # no conditional mask there
 
 
-def test_record(straight):
+def test_the_record_holds_the_model_and_the_config(straight):
     record = read_record(find(straight[0]))
     assert record["pretrained"] == "tiny"
     assert record["config"]["num_steps"] == 4

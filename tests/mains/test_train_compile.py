@@ -18,7 +18,7 @@ def compiled(commands, tmp_path, *flags) -> tuple[dict, str]:
 
 
 @pytest.mark.slow
-def test_a_training_job(commands, tmp_path):
+def test_a_training_job_is_reported_whole(commands, tmp_path):
     """Eight chips: two shards of samples and, as what is left over, two of tokens for each of two of heads."""
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     found, table = compiled(
@@ -37,20 +37,20 @@ def test_a_training_job(commands, tmp_path):
     assert "train step" in table
 
 
-def test_sampling(commands, tmp_path):
+def test_sampling_a_tiny_model_needs_its_checkpoint(commands, tmp_path):
     """Its checkpoint need not be there yet for a model whose sizes are known; a tiny one's are in its checkpoint."""
     flags = ("--config=configs/sample.py:tiny", "--topology=v5p-8")
     line = commands.fail_alone("train_compile", *flags, "--config.checkpoint=nowhere")
     assert "there is no transformer in nowhere" in line
 
 
-def test_an_unknown_topology(commands):
+def test_an_unknown_topology_is_named(commands):
     line = commands.fail_alone("train_compile", "--config=configs/sft.py:tiny", "--topology=v9:2x2")
     assert "unknown topology 'v9:2x2'" in line
 
 
 @pytest.mark.slow
-def test_sampling_at_full_size(commands, tmp_path):
+def test_sampling_at_full_size_fits_and_wastes_little(commands, tmp_path):
     """5B, three scenes of 49 frames at 480 x 720, guided, on one host; benchmarks/tpu_slices.py compiles training."""
     found, _ = compiled(commands, tmp_path, "--config=configs/sample.py:5b", "--topology=v5p-8")
     assert found["hbm_headroom_gib"] > 80
