@@ -6,7 +6,7 @@ setup(
     name="mask2dit_jax",
     version="0.1.0",
     description="Multi-scene video diffusion (Mask2DiT) in JAX, for TPU pods",
-    packages=find_packages(include=["mask2dit_jax", "mask2dit_jax.*"]),
+    packages=find_packages(include=["mask2dit_jax", "mask2dit_jax.*", "configs"]),
     package_data={"mask2dit_jax": ["assets/**/*"]},
     python_requires=">=3.11",
     install_requires=[

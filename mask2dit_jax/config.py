@@ -255,7 +255,7 @@ class RunConfig(Section):
         """
         missing = [name for name in inputs if not _value(self, name)]
         if missing:
-            raise UserError(f"this run needs {'; '.join(INPUTS[name] for name in missing)}")
+            raise UserError(f"this run needs {'; and '.join(INPUTS[name] for name in missing)}")
 
 
 def _value(config: Section, path: str) -> Any:

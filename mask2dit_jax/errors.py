@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 _LAST_WORDS = 3.0  # seconds for the processes that fail as well to say why
 
+_SHIPPED = Path(__file__).parents[1]  # the checkout, or where pip installs configs/ beside the package
+
 _leave: Callable[[int], NoReturn] = sys.exit
 
 
@@ -139,6 +141,7 @@ def _is_worth_reading(record: LogRecord) -> bool:
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    argv = _with_shipped_config(argv)
     path = _config_path(argv)
     if path is not None:
         file = path.partition(":")[0]
@@ -149,6 +152,21 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
         _die(_unset_flags() or _wrong_config(path, argv) or str(error))
+
+
+def _with_shipped_config(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with a --config that this folder does not have taken from beside the package.
+
+    So `--config=configs/sft.py` works from any folder, and a file of that name in the user's folder comes first.
+    """
+    path = _config_path(argv)
+    file = (path or "").partition(":")[0]
+    if not file or Path(file).is_file() or not (_SHIPPED / file).is_file():
+        return list(argv)
+    if str(_SHIPPED) not in sys.path:
+        sys.path.append(str(_SHIPPED))  # config files import each other as `configs.NAME`
+    shipped = str(_SHIPPED / path)
+    return [argument.removesuffix(path) + shipped if argument.endswith(path) else argument for argument in argv]
 
 
 def _config_path(argv: Sequence[str]) -> str | None:

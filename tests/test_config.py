@@ -76,7 +76,7 @@ def test_a_config_that_lacks_a_field_is_refused():
 
 def test_everything_that_is_missing_is_asked_for_at_once():
     config = read_config(sft.get_config(), TrainConfig, "train")
-    with pytest.raises(UserError, match=r"--config.pretrained=DIR.*; data: --config.data.path=FILE"):
+    with pytest.raises(UserError, match=r"--config.pretrained=DIR.*; and data: --config.data.path=FILE"):
         config.require("pretrained", "data.path")
     tiny_sft().require("pretrained", "data.path")
 
