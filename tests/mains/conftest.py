@@ -1,9 +1,10 @@
 """What the command lines of these tests share: four short videos, their data files, a model trained for two steps."""
 
 import dataclasses
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -94,15 +95,30 @@ def error_line(finished: process.Finished) -> str:
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory) -> Iterator[Commands]:
-    shared = tmp_path_factory.mktemp("shared")
-    is_one_of_several = "PYTEST_XDIST_WORKER" in os.environ
-    base = tmp_path_factory.getbasetemp()
-    compiled = (base.parent if is_one_of_several else base) / "compiled"
+    shared, compiled = tmp_path_factory.mktemp("shared"), of_all_workers(tmp_path_factory) / "compiled"
     with pytest.MonkeyPatch.context() as environment:
         set_environment(environment, shared, compiled)
     failing = process.Shared(tmp_path_factory.mktemp("failing"))
     yield Commands(shared, compiled, failing)
     failing.close()
+
+
+def of_all_workers(tmp_path_factory) -> Path:
+    """Return the temporary folder that the test processes of this session have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return `folder`, which the first test process that asks for it makes while the others wait."""
+    with folder.with_suffix(".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if not lock.read():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            lock.write("made")
+    return folder
 
 
 def set_environment(environment: pytest.MonkeyPatch, shared: Path, compiled: Path) -> None:
@@ -165,9 +181,11 @@ def make_dataset(folder: Path) -> Dataset:
 @pytest.fixture(scope="session")
 def pretrain_workdir(commands, dataset, tmp_path_factory) -> Path:
     """The workdir of two pretraining steps."""
-    workdir = tmp_path_factory.mktemp("runs") / "pretrain"
-    commands.succeed("train", *commands.train_flags("pretrain", workdir, dataset.csv))
-    return workdir
+
+    def train(workdir: Path) -> None:
+        commands.succeed("train", *commands.train_flags("pretrain", workdir, dataset.csv))
+
+    return made_once(of_all_workers(tmp_path_factory) / "pretrain", train)
 
 
 TINY = ASSETS / "tiny"

@@ -127,6 +127,7 @@ def test_an_edited_story_repeats_what_changes(commands, story, pretrain_workdir,
     assert written(output) == after
 
 
+@pytest.mark.slow
 def test_another_schedule_is_another_story(commands, story, pretrain_workdir, tmp_path):
     """The given scene stays; no weights are read to say so."""
     folder, output = copied(story, tmp_path)

@@ -202,6 +202,7 @@ def test_equals_live_diffusers_on_one_scene(overrides):
     assert_close(actual, to_channels_last(expected.numpy()), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_float32():
     reference = random_diffusers_model(num_attention_heads=4)
     config = DiTConfig.from_json(reference.config)

@@ -77,6 +77,7 @@ def gradients(attention: str, remat: str) -> list[jax.Array]:
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 @pytest.mark.parametrize("attention", ["dense", "grouped"])
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient(remat, attention):
     for a, b in zip(gradients(attention, "none"), gradients(attention, remat), strict=True):
         assert_close(a, b, 1e-6 * max(1.0, float(np.abs(a).max())))

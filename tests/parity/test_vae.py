@@ -64,12 +64,14 @@ def test_decodes_as_the_authors_do(case, clip):
 
 
 @pytest.mark.parametrize(("case", "clip"), arrays_like(r"(dec\w+)_output_auto_split"))
+@pytest.mark.slow
 def test_decodes_as_the_authors_do_with_auto_split(case, clip):
     out = decode(case_model(case), to_channels_last(case.arrays[f"{clip}_latents"]), chunking="diffusers")
     assert_close(out, to_channels_last(case.arrays[f"{clip}_output_auto_split"]), TOLERANCE)
 
 
 @pytest.mark.parametrize("case", cases("vae"))
+@pytest.mark.slow
 def test_bfloat16_stays_close(case):
     pixels = to_channels_last(next(v for k, v in sorted(case.arrays.items()) if k.startswith("enc") and "input" in k))
     full, half = case_model(case), case_model(case, dtype=jnp.bfloat16)
@@ -122,6 +124,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("setting", CONFIGS)
+@pytest.mark.slow
 def test_equals_live_diffusers(setting):
     overrides, frames, size = CONFIGS[setting]
     reference = random_reference(**overrides)

@@ -54,6 +54,7 @@ def of_the_whole_clip(method, x, **static):
     ("chunking", "devices", "lengths"),
     [("mask2dit", 1, [1, 4, 4, 2]), ("diffusers", 1, [5, 4]), ("mask2dit", 4, [1, 4])],
 )
+@pytest.mark.slow
 def test_chunks_are_the_whole_clip(make_codec, chunking, devices, lengths):
     codec, z = make_codec(chunking, devices), latents(-(-sum(lengths) // 2))
     chunks = list(codec.decode_chunks(z))

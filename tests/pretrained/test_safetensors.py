@@ -277,6 +277,7 @@ def big_checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("dtype", "devices"), [("None", 1), ("bfloat16", 1), ("float32", 4)])
+@pytest.mark.slow
 def test_one_copy_in_memory(big_checkpoint, dtype, devices):
     script = Path(__file__).parent / "measure_load.py"
     flags = f"--xla_force_host_platform_device_count={devices}"

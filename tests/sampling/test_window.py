@@ -43,6 +43,7 @@ def sample(*sizes: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 2, 2), (1, 2, 2, 1)])
+@pytest.mark.slow
 def test_every_mesh_samples_the_same(sizes):
     np.testing.assert_allclose(sample(*sizes), sample(1, 1, 1, 1), atol=2e-5)
 
