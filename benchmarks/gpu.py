@@ -410,55 +410,25 @@ def full_size_layout(scenes: int) -> SceneLayout:
     return SceneLayout.of_equal_scenes(scenes, FRAMES, (ROWS // 2, COLUMNS // 2), TEXT)
 
 
-@section
-def denoise_5b():
-    """Time a sampling step with guidance on one scene of 13 x 60 x 90 latents, which makes a batch of 2."""
+def time_denoising(scenes: int, repeats: int):
+    """Time a 5B sampling step with guidance, which makes a batch of 2, and show 50 of them."""
     graph, params = model_of("5b")
     sampler = Sampler(SamplerConfig(num_steps=50), NoiseSchedule(ScheduleConfig.cogvideox_5b()))
     step = jax.jit(make_denoise_step(graph, sampler, guided=True), static_argnames="layout")
-    layout = full_size_layout(1)
-    x = jax.random.normal(jax.random.key(2), (1, FRAMES, ROWS, COLUMNS, 16))
-    text = jax.random.normal(jax.random.key(3), (2, 1, TEXT, 4096))
-    state, key = sampler.init(x), jax.random.key(4)
-    run = functools.partial(step, layout=layout)
-    arguments = (params, state, x, x, text, np.zeros(1, bool), np.float32(6), key)
-    first, ms = timed(run, *arguments)
+    x = jax.random.normal(jax.random.key(2), (1, scenes * FRAMES, ROWS, COLUMNS, 16))
+    text = jax.random.normal(jax.random.key(3), (2, scenes, TEXT, 4096))
+    run = functools.partial(step, layout=full_size_layout(scenes))
+    arguments = (params, sampler.init(x), x, x, text, np.zeros(scenes, bool), np.float32(6), jax.random.key(4))
+    first, ms = timed(run, *arguments, repeats=repeats)
     finite = bool(jnp.isfinite(run(*arguments)[1]).all())
-    speed("5B denoising step with guidance, 1 scene", ms, 2 * forward_flops(SIZES["5b"]), first)
-    show("5B, 50 of these steps", f"{ms * 50 / 1e3:9.1f} s; finite {finite}", seconds=ms / 20)
+    speed(f"5B denoising step with guidance, {scenes} scenes", ms, 2 * forward_flops(SIZES["5b"], scenes), first)
+    show(f"5B, 50 of these steps, {scenes} scenes", f"{ms * 50 / 1e3:9.1f} s; finite {finite}", seconds=ms / 20)
 
 
-def time_train_step(name: str, scenes: int, repeats: int):
-    """Time a train step of batch 1, with parameters and moments in bf16 instead of fp32, so that 5B fits into 80 GB."""
-    config = model_config(name, remat="attention")
-    graph, abstract = nnx.split(memoryless(DiT, config, dtype=BF16, param_dtype=BF16))
-    params = random_like(abstract)
-    layout = full_size_layout(scenes)
-    schedule = NoiseSchedule(ScheduleConfig.cogvideox_5b())
-    objective = Objective(schedule, layout, 0.7, condition_probability=0.5)
-    optimizer = make_optimizer(OptimizerConfig())
-    step = jax.jit(make_train_step(graph, optimizer, objective, 0), donate_argnums=0)
-    shape = (1, FRAMES * scenes, ROWS, COLUMNS, 16)
-    batch = {
-        "mean": jax.random.normal(jax.random.key(5), shape),
-        "logvar": jnp.full(shape, -10.0),
-        "text": jax.random.normal(jax.random.key(6), (1, scenes, TEXT, 4096)),
-    }
-    state = jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
-    del params
-    begun = time.perf_counter()
-    state, metrics = step(state, batch)
-    jax.block_until_ready(metrics)
-    first = time.perf_counter() - begun
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        state, metrics = step(state, batch)
-    jax.block_until_ready(metrics)
-    ms = (time.perf_counter() - begun) / repeats * 1e3
-    speed(f"{name} train step, {scenes} scenes, remat attention", ms, 3 * forward_flops(SIZES[name], scenes), first)
-    stats = device.memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use", 0) / 2**30
-    show(f"{name} train step, {scenes} scenes: loss, peak so far", f"{float(metrics['loss']):.3f}, {peak:.1f} GiB")
+@section
+def denoise_5b():
+    """Time sampling of one scene."""
+    time_denoising(1, repeats=3)
 
 
 @section
@@ -498,18 +468,8 @@ def vae_decode():
 
 @section
 def denoise_5b_three_scenes():
-    """Time a sampling step with guidance on the paper's 3 scenes, 53,328 tokens."""
-    graph, params = model_of("5b")
-    sampler = Sampler(SamplerConfig(num_steps=50), NoiseSchedule(ScheduleConfig.cogvideox_5b()))
-    step = jax.jit(make_denoise_step(graph, sampler, guided=True), static_argnames="layout")
-    layout = full_size_layout(3)
-    x = jax.random.normal(jax.random.key(2), (1, 3 * FRAMES, ROWS, COLUMNS, 16))
-    text = jax.random.normal(jax.random.key(3), (2, 3, TEXT, 4096))
-    state, key = sampler.init(x), jax.random.key(4)
-    run = functools.partial(step, layout=layout)
-    arguments = (params, state, x, x, text, np.zeros(3, bool), np.float32(6), key)
-    first, ms = timed(run, *arguments, repeats=1)
-    speed("5B denoising step with guidance, 3 scenes", ms, 2 * forward_flops(SIZES["5b"], 3), first)
+    """Time sampling of the paper's 3 scenes, 53,328 tokens."""
+    time_denoising(3, repeats=1)
 
 
 @section
