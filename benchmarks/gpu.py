@@ -425,6 +425,39 @@ def time_denoising(scenes: int, repeats: int):
     show(f"5B, 50 of these steps, {scenes} scenes", f"{ms * 50 / 1e3:9.1f} s; finite {finite}", seconds=ms / 20)
 
 
+def time_train_step(name: str, scenes: int, repeats: int):
+    """Time a train step of batch 1, with parameters and moments in bf16 instead of fp32, so that 5B fits into 80 GB."""
+    config = model_config(name, remat="attention")
+    graph, abstract = nnx.split(memoryless(DiT, config, dtype=BF16, param_dtype=BF16))
+    params = random_like(abstract)
+    layout = full_size_layout(scenes)
+    schedule = NoiseSchedule(ScheduleConfig.cogvideox_5b())
+    objective = Objective(schedule, layout, 0.7, condition_probability=0.5)
+    optimizer = make_optimizer(OptimizerConfig())
+    step = jax.jit(make_train_step(graph, optimizer, objective, 0), donate_argnums=0)
+    shape = (1, FRAMES * scenes, ROWS, COLUMNS, 16)
+    batch = {
+        "mean": jax.random.normal(jax.random.key(5), shape),
+        "logvar": jnp.full(shape, -10.0),
+        "text": jax.random.normal(jax.random.key(6), (1, scenes, TEXT, 4096)),
+    }
+    state = jax.jit(lambda p: init_state(p, optimizer), donate_argnums=0)(params)
+    del params
+    begun = time.perf_counter()
+    state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    first = time.perf_counter() - begun
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    ms = (time.perf_counter() - begun) / repeats * 1e3
+    speed(f"{name} train step, {scenes} scenes, remat attention", ms, 3 * forward_flops(SIZES[name], scenes), first)
+    stats = device.memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use", 0) / 2**30
+    show(f"{name} train step, {scenes} scenes: loss, peak so far", f"{float(metrics['loss']):.3f}, {peak:.1f} GiB")
+
+
 @section
 def denoise_5b():
     """Time sampling of one scene."""
