@@ -83,9 +83,8 @@ class EventFile:
     def _opened(self) -> EventsWriter:
         if self._writer is None:
             directory_check(self._folder)
-            suffix = (
-                f".{self._num_opened}" if self._num_opened else ""
-            )  # tensorboardX's own names differ only by the second
+            # tensorboardX's own names differ only by the second.
+            suffix = f".{self._num_opened}" if self._num_opened else ""
             self._writer = EventsWriter(f"{self._folder}/events", suffix)
             self._num_opened += 1
         return self._writer
