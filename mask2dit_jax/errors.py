@@ -88,9 +88,9 @@ def _late_answers_dropped() -> Iterator[None]:
 
 def _reporting(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
     def wrapped(argv):
+        _make_log_readable()
         try:
-            with _readable_log():
-                main(argv)
+            main(argv)
             return
         except UserError as error:
             message = str(error)
@@ -110,19 +110,15 @@ def _reporting(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]
     return wrapped
 
 
-@contextlib.contextmanager
-def _readable_log() -> Iterator[None]:
-    """Log to stderr what a user wants to read, around open progress bars, for as long as the main runs."""
-    handler, verbosity = logging.get_absl_handler(), logging.get_verbosity()
+def _make_log_readable() -> None:
+    """Log to stderr what a user wants to read, around open progress bars.
+
+    It stays so until the process ends: threads of Orbax log after the main has returned.
+    """
     logging.set_verbosity(logging.INFO)
-    handler.addFilter(_is_worth_reading)
-    before = handler.python_handler.setStream(_AboveProgressBars())
-    try:
-        yield
-    finally:
-        handler.python_handler.setStream(before)
-        handler.removeFilter(_is_worth_reading)
-        logging.set_verbosity(verbosity)
+    handler = logging.get_absl_handler()
+    handler.addFilter(_is_worth_reading)  # once, however often it is called
+    handler.python_handler.setStream(_AboveProgressBars())
 
 
 class _AboveProgressBars(io.TextIOBase):

@@ -142,7 +142,7 @@ def test_sample_refuses_what_it_cannot_make(commands, pretrain_workdir, tmp_path
         ("build_data", [], ["--output must be given"]),
         ("build_data", ["--videos=nowhere.mp4", "--output=new"], ["nowhere.mp4: no such file"]),
         ("build_data", ["--captions=nowhere.json", "--output=new"], ["nowhere.json: cannot be read"]),
-        ("build_data", ["--output=setup.py/new"], ["cannot write setup.py/new", "choose an output"]),
+        ("build_data", ["--output=setup.py/new"], ["cannot write setup.py/new", "choose a writable output"]),
         ("build_data", ["--check=a.csv"], ["--config must be given with --check"]),
         ("build_data", ["--encode=a.csv", f"--config={TRAIN}"], ["--output must be given"]),
         ("build_data", ["--encode=a.csv", "--check=a.csv"], ["--check and --encode are two steps"]),

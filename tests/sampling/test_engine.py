@@ -1,11 +1,14 @@
 """Stories from Python: scenes come as soon as they are done, and what is done is neither made nor read again."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from configs.sample import get_config
+from mask2dit_jax.config import SampleConfig, SamplerConfig, read_config
 from mask2dit_jax.media.video_writer import write_video
 from mask2dit_jax.models.dit import DiT, DiTConfig
 from mask2dit_jax.pretrained.pretrained import Pretrained
@@ -17,9 +20,10 @@ from mask2dit_jax.story.story import Story
 
 SIZE = HEIGHT, WIDTH = 32, 48
 PROMPTS = ["a red picture", "a green picture", "a blue picture", "a grey picture"]
-CONFIG = get_config("tiny")
-CONFIG.update({"height": HEIGHT, "width": WIDTH, "num_frames": 5, "attention": "dense", "guidance_scale": 2.0})
-CONFIG.sampler.num_steps = 2
+FIELDS = {"height": HEIGHT, "width": WIDTH, "num_frames": 5, "attention": "dense", "guidance_scale": 2.0}
+CONFIG = dataclasses.replace(
+    read_config(get_config("tiny"), SampleConfig), **FIELDS, sampler=SamplerConfig(num_steps=2)
+)
 
 
 @pytest.fixture(autouse=True)

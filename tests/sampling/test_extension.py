@@ -178,7 +178,7 @@ def test_positions_of_unequal_scenes_run_on():
     np.testing.assert_array_equal(*(positions.rope_angles(layout, (2, 3), 16) for layout in (equal, unequal)))
     tables = (positions.sincos_table(layout, (3, 2, 3), 32, 1.0, 1.0) for layout in (equal, unequal))
     np.testing.assert_array_equal(*tables)
-    with pytest.raises(UserError, match="longer than the 3 a scene"):
+    with pytest.raises(UserError, match="longer than the 3 per scene"):
         positions.check_table(CONFIG.layout((4, 4, 2), 4, 6), 3)
 
 

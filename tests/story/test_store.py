@@ -55,7 +55,9 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
     store = StoryLatents(tmp_path, ["one", "two"])
     store[0] = LATENTS
     full_disk(monkeypatch)
-    with pytest.raises(UserError, match=r"cannot write .*scene_02.npz: No space left on device; choose an output"):
+    with pytest.raises(
+        UserError, match=r"cannot write .*scene_02.npz: No space left on device; choose a writable output"
+    ):
         store[1] = LATENTS
     with pytest.raises(UserError, match="No space left"):
         store.show(0, "", Shown(np.zeros((1, 2, 2, 3), np.uint8), {}))

@@ -11,6 +11,7 @@ from experiments.desk import plots
 from experiments.desk.desk_data import CODEC
 from experiments.desk.findings import FINDINGS
 from experiments.desk.world import NUM_FRAMES, SIDE, TEXT_TOKENS, draw_stories, render
+from mask2dit_jax.config import RunConfig, read_config
 from mask2dit_jax.models import sizes as scene_sizes
 
 
@@ -35,7 +36,8 @@ def test_its_commands_set_fields_that_the_configs_have(finding):
 
 
 def test_the_preset_fits_the_world():
-    for config in (sft.get_config("desk"), pretrain.get_config("desk"), sample.get_config("desk")):
+    for module in (sft, pretrain, sample):
+        config = read_config(module.get_config("desk"), RunConfig)
         assert (config.height, config.width, config.num_frames) == (SIDE, SIDE, NUM_FRAMES)
         scene_sizes.check_sizes(config, CODEC, patch_size=2)
     model = sft.get_config("desk").model
