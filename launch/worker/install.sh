@@ -7,7 +7,8 @@ cd "$(dirname "$0")/../.."
 export PATH=$HOME/.local/bin:$PATH PIP_BREAK_SYSTEM_PACKAGES=1
 command -v uv >/dev/null || python3 -m pip install --user --quiet uv
 uv venv --quiet --allow-existing --python 3.12 .venv
-uv pip install --quiet --python .venv/bin/python --exclude-newer "$(<PACKED)" --editable '.[tpu]'
+uv pip install --quiet --python .venv/bin/python --exclude-newer "$(<PACKED)" \
+  --constraint constraints.txt --editable '.[tpu]'
 # Weight files are memory-mapped, so they must be on a disk. Each worker has its own copy, which is updated here.
 if [[ -n ${WEIGHTS:-} ]]; then
   target=weights/$(basename "$WEIGHTS")

@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import logging
 
 from mask2dit_jax.curate.shots import Shot, find_shots, write_shots
-from mask2dit_jax.data.sources import Clip, Group, write_pretrain_csv, write_sft_json
+from mask2dit_jax.data.sources import Clip, Group, is_blank, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.media.video_reader import probe
 
@@ -22,7 +22,7 @@ def read_captions(path: str | Path) -> Captions:
         UserError: the file is unreadable or has another form.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         captions = {video: {int(number): text for number, text in shots.items()} for video, shots in raw.items()}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a captions file") from error
@@ -82,7 +82,7 @@ def build_dataset(
 
 
 def _check_captions(shots: Sequence[Shot], captions: Captions) -> None:
-    missing = [shot for shot in shots if not captions.get(shot.video.stem, {}).get(shot.number, "").strip()]
+    missing = [shot for shot in shots if is_blank(captions.get(shot.video.stem, {}).get(shot.number, ""))]
     if missing:
         named = ", ".join(
             f"{shot.video.name} shot {shot.number} (frames {shot.start}-{shot.stop - 1})" for shot in missing

@@ -139,6 +139,11 @@ def scan_sft_json(path: str | Path) -> Scan:
     return Scan(tuple(dict.fromkeys(clips)), groups, faults.named)
 
 
+def is_blank(caption: str) -> bool:
+    """Return whether a caption is empty, or what a data frame writes for an empty cell."""
+    return caption.strip().casefold() in ("", "nan", "none", "null", "n/a", "na", "<na>")
+
+
 def printable(name: str) -> str:
     """Return the name of a file as text for logs and json, with bytes that are not UTF-8 as hexadecimal escapes."""
     try:
@@ -326,7 +331,7 @@ def _json_clip(where: str, folder: Path, value: object) -> Clip:
 def _clip(where: str, folder: Path, row: Mapping, name: object) -> Clip:
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{where}: names no video; give its path relative to {folder}")
-    if not isinstance(row["caption"], str) or not row["caption"].strip():
+    if not isinstance(row["caption"], str) or is_blank(row["caption"]):
         raise UserError(f"{where} ({name}): the caption is empty; write one or remove the clip")
     if printable(row["caption"]) != row["caption"]:
         raise UserError(f"{where} ({name}): the caption is not UTF-8 text; save the file as UTF-8")

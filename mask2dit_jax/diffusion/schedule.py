@@ -18,7 +18,9 @@ import numpy as np
 
 from mask2dit_jax.axes import Floats, Ints, NpFloats
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.json_values import read_value
 
+CLASS_NAMES = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # in diffusers; they share the schedule
 PREDICTION_TYPE = "v_prediction"  # what models predict: `NoiseSchedule.velocity`
 # For each key that selects a formula: the only value implemented here, and diffusers' default.
 _CHOICES = {
@@ -66,8 +68,14 @@ class ScheduleConfig:
         `clip_sample` is ignored, because the CogVideoX schedulers have that key but never clip.
 
         Raises:
-            UserError: A value selects a formula that is not implemented.
+            UserError: A value selects a formula that is not implemented, or is not a number.
         """
+        name = raw.get("_class_name", CLASS_NAMES[0])
+        if name not in CLASS_NAMES:
+            raise UserError(
+                f"scheduler config: _class_name {name!r} is not supported, because other schedulers have no SNR shift; "
+                f"use one of {', '.join(CLASS_NAMES)}"
+            )
         for key, (implemented, if_absent) in _CHOICES.items():
             value = raw.get(key, if_absent)
             if value != implemented:
@@ -76,13 +84,16 @@ class ScheduleConfig:
                     "use the scheduler directory of a CogVideoX or Mask2DiT checkpoint"
                 )
         return cls(
-            **{field.name: field.type(raw[field.name]) for field in dataclasses.fields(cls) if field.name in raw}
+            **{
+                field.name: read_value(raw, field.name, field.type, field.default, "scheduler config")
+                for field in dataclasses.fields(cls)
+            }
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON that diffusers loads as DDIM, the sampler of the authors' examples."""
         return {
-            "_class_name": "CogVideoXDDIMScheduler",
+            "_class_name": CLASS_NAMES[0],
             **dataclasses.asdict(self),
             **{key: implemented for key, (implemented, _) in _CHOICES.items()},
             "clip_sample": False,

@@ -18,8 +18,9 @@ from flax import nnx
 from jaxtyping import Float
 
 from mask2dit_jax.axes import Floats, Ints, NpInts
-from mask2dit_jax.config import LoRAConfig
+from mask2dit_jax.config import MASKS, LoRAConfig
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.json_values import read_value
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.lora import AdaptedLinear
 from mask2dit_jax.ops import positions
@@ -153,23 +154,40 @@ class DiTConfig:
     def from_json(cls, raw: Mapping[str, Any]) -> "DiTConfig":
         """Read the `transformer/config.json` of a diffusers directory.
 
+        An absent key means diffusers' default: sin-cos positions, and the sizes of CogVideoX-2b.
+
         Raises:
-            UserError: a size is missing, or a setting is not supported.
+            UserError: it is not the config of a transformer, or a value is not supported.
         """
         for key, wanted in _SUPPORTED.items():
             if raw.get(key, wanted) != wanted:
                 raise UserError(f"transformer config.json: {key}={raw[key]!r} is not supported, only {wanted!r} is")
-        missing = [key for key in _REQUIRED if key not in raw]
-        if missing:
-            raise UserError(f"transformer config.json: {', '.join(missing)} missing; is it a CogVideoX transformer?")
-        if raw.get("out_channels") not in (None, raw["in_channels"]):
-            raise UserError(
-                f"transformer config.json: out_channels={raw['out_channels']} differs from "
-                f"in_channels={raw['in_channels']}; image-to-video and inpainting models are not supported"
+        if not any(key in raw for key in _JSON_NAMES.values()):
+            raise UserError("transformer config.json: it holds no size; is it a CogVideoX transformer?")
+        fields = {
+            field.name: read_value(
+                raw,
+                _JSON_NAMES[field.name],
+                field.type,
+                _JSON_DEFAULTS.get(field.name, field.default),
+                "transformer config.json",
             )
-        types = {field.name: field.type for field in dataclasses.fields(cls)}
-        fields = {name: types[name](raw[key]) for name, key in _JSON_NAMES.items() if key in raw}
-        return cls(mask=f"v{raw.get('attn_msk_version', 2)}", **fields)
+            for field in dataclasses.fields(cls)
+            if field.name in _JSON_NAMES
+        }
+        out_channels = raw.get("out_channels", 16)
+        if out_channels not in (None, fields["latent_channels"]):
+            raise UserError(
+                f"transformer config.json: out_channels={out_channels} differs from "
+                f"in_channels={fields['latent_channels']}; image-to-video and inpainting models are not supported"
+            )
+        mask = f"v{raw.get('attn_msk_version', 2)}"
+        if mask not in MASKS:
+            raise UserError(
+                f"transformer config.json: attn_msk_version={raw['attn_msk_version']!r} is not one of "
+                f"{', '.join(name.removeprefix('v') for name in MASKS)}"
+            )
+        return cls(mask=mask, **fields)
 
     def to_json(self) -> dict[str, Any]:
         """Return the `transformer/config.json` that diffusers and the authors' code read."""
@@ -203,7 +221,8 @@ _JSON_NAMES = {
     "norm_eps": "norm_eps",
     "attention_bias": "attention_bias",
 }
-_REQUIRED = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels")
+# Defaults of diffusers' CogVideoXTransformer3DModel where ours are those of the 5B or there is none.
+_JSON_DEFAULTS = {"num_heads": 30, "head_dim": 64, "num_layers": 30, "rope": False}
 _SUPPORTED = {
     "patch_size_t": None,
     "activation_fn": "gelu-approximate",

@@ -17,6 +17,7 @@ from jax.nn.initializers import normal
 
 from mask2dit_jax.axes import Floats, Ints, NpInts
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.json_values import read_value
 from mask2dit_jax.models.architecture import Architecture
 from mask2dit_jax.models.port_rules import LINEAR, Rule
 from mask2dit_jax.parallel.mesh import TENSOR, WEIGHTS
@@ -63,20 +64,29 @@ class T5Config:
 
     @classmethod
     def from_json(cls, raw: Mapping) -> "T5Config":
-        """Read the `config.json` of transformers. Raises UserError for another kind of T5 and for missing sizes."""
+        """Read the `config.json` of transformers; an absent key means transformers' default.
+
+        Raises:
+            UserError: it is another kind of T5, or a value is not a number.
+        """
         activation = raw.get("feed_forward_proj", "relu")
         if activation != ACTIVATION:
             raise UserError(
                 f"text encoder config: feed_forward_proj {activation!r} is not supported; "
                 f"only T5 v1.1 encoders ({ACTIVATION!r}) are"
             )
-        values = {field.name: raw.get(_JSON_NAMES[field.name], field.default) for field in dataclasses.fields(cls)}
-        missing = [_JSON_NAMES[name] for name, value in values.items() if value is dataclasses.MISSING]
-        if missing:
-            raise UserError(
-                f"text encoder config: {', '.join(missing)} missing; is it the config.json of a T5 encoder?"
-            )
-        return cls(**values)
+        return cls(
+            **{
+                field.name: read_value(
+                    raw,
+                    _JSON_NAMES[field.name],
+                    field.type,
+                    _JSON_DEFAULTS.get(field.name, field.default),
+                    "text encoder config",
+                )
+                for field in dataclasses.fields(cls)
+            }
+        )
 
     def to_json(self) -> dict:
         """Return the `config.json` with which transformers' T5EncoderModel loads exported weights."""
@@ -95,6 +105,15 @@ class T5Config:
         return fixed | {key: getattr(self, name) for name, key in _JSON_NAMES.items()}
 
 
+# Defaults of transformers' T5Config, which are the sizes of T5 small.
+_JSON_DEFAULTS = {
+    "vocab_size": 32128,
+    "width": 512,
+    "hidden_width": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "head_dim": 64,
+}
 _JSON_NAMES = {
     "vocab_size": "vocab_size",
     "width": "d_model",

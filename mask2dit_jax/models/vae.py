@@ -23,6 +23,7 @@ from flax import nnx
 from mask2dit_jax.axes import Array, Floats
 from mask2dit_jax.config import CHUNKINGS
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.json_values import read_value
 from mask2dit_jax.models import port_vae
 from mask2dit_jax.models.architecture import Architecture
 from mask2dit_jax.models.causal_conv import CausalConv3d, Frames, is_frame_by_frame, map_frames, take_frame
@@ -87,17 +88,27 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "VAEConfig":
-        """Read diffusers' config.json. Raises UserError for a setting that would change the function."""
+        """Read diffusers' config.json; an absent key means diffusers' default.
+
+        Raises:
+            UserError: it is not the config of a VAE, or a setting would change the function.
+        """
         for key, value in _FIXED.items():
             if raw.get(key, value) != value:
                 raise UserError(f"VAE config: {key}={raw[key]!r} is not supported, only {value!r}")
         for key, value in _BLOCK_TYPES.items():
             if set(raw.get(key, [value])) != {value}:
                 raise UserError(f"VAE config: {key}={raw[key]!r} is not supported, only {value!r}")
-        if "block_out_channels" not in raw:
-            raise UserError("VAE config: block_out_channels is missing; is this the config.json of a VAE?")
-        known = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
-        return cls(**known | {"block_out_channels": tuple(raw["block_out_channels"])})
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not any(name in raw for name in fields):
+            raise UserError("VAE config: it holds no size; is this the config.json of a VAE?")
+        widths = raw.get("block_out_channels", fields.pop("block_out_channels").default)
+        if not isinstance(widths, list | tuple) or not widths or not all(type(width) is int for width in widths):
+            raise UserError(f"VAE config: block_out_channels={widths!r} is not a list of whole numbers")
+        values = {
+            name: read_value(raw, name, field.type, field.default, "VAE config") for name, field in fields.items()
+        }
+        return cls(block_out_channels=tuple(widths), **values)
 
     def to_json(self) -> dict[str, Any]:
         """Return the config.json that diffusers reads as the same model."""

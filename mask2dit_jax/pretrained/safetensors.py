@@ -58,7 +58,7 @@ class StoredTensor:
 def read_json(path: str | os.PathLike) -> dict:
     """Read the object in a JSON file such as `config.json`. Raises UserError if it is missing or damaged."""
     try:
-        raw = json.loads(epath.Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(epath.Path(path).read_text(encoding="utf-8").removeprefix("\ufeff"))
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror or error}); is its folder a complete download?"

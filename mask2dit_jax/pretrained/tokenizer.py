@@ -59,11 +59,6 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def count_tokens(tokenizer: T5Tokenizer, prompts: Sequence[str]) -> list[int]:
-    """Count the tokens of each prompt before it is cut, the end token included."""
-    return [len(ids) for ids in _encode(tokenizer, prompts)]
-
-
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """How much of a text a scene has room for.

@@ -103,6 +103,17 @@ def test_faults_in_a_json(folder, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("caption", ["nan", "NaN", "None", "null", "N/A", " <NA> "])
+def test_what_a_data_frame_writes_for_an_empty_cell_is_an_empty_caption(folder, caption):
+    (folder / "data.csv").write_text(f"{HEADER}25,640,272,{caption},a.mp4,78\n25,640,272,Nan bakes bread,b.mp4,78\n")
+    scan = scan_pretrain_csv(folder / "data.csv")
+    assert [clip.name for clip in scan.clips] == ["b.mp4"]
+    assert "the caption is empty" in scan.faults["a.mp4"]
+    shots = [shot(caption=caption), shot(caption=float("nan")), shot(caption="one")]
+    (folder / "data.json").write_text(json.dumps([{"prefix": "one", "values": shots}]))
+    assert [clip.caption for clip in scan_sft_json(folder / "data.json").clips] == ["one"]
+
+
 @pytest.mark.parametrize("read", [read_pretrain_csv, read_sft_json])
 def test_files_that_cannot_be_read(tmp_path, read):
     with pytest.raises(UserError, match="gone: cannot be read"):

@@ -42,7 +42,8 @@ def test_install_packs_the_checkout_as_it_is(cloud, checkout):
         packed = (sources / "PACKED").read_text().strip()
         assert [run["arguments"] for run in cloud.runs(number, "installs")] == [
             ["venv", "--quiet", "--allow-existing", "--python", "3.12", ".venv"],
-            f"pip install --quiet --python .venv/bin/python --exclude-newer {packed} --editable .[tpu]".split(),
+            f"pip install --quiet --python .venv/bin/python --exclude-newer {packed} --constraint constraints.txt "
+            "--editable .[tpu]".split(),
         ]
 
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 import mask2dit_jax
 from mask2dit_jax.models.t5 import PORT_TABLE, T5Config, T5Encoder
 from mask2dit_jax.pretrained.safetensors import load_state, open_weights, read_json
-from mask2dit_jax.pretrained.tokenizer import count_tokens, load_tokenizer, tokenize
+from mask2dit_jax.pretrained.tokenizer import cut_prompts, load_tokenizer, tokenize
 
 ROOT = Path(mask2dit_jax.__file__).parents[1]
 TINY = ROOT / "mask2dit_jax/assets/tiny"
@@ -58,7 +58,7 @@ def test_captions_differ_clearly(encoder, max_tokens):
 
 
 def test_two_tokens_a_word():
-    counts = count_tokens(load_tokenizer(TINY / "tokenizer"), CAPTIONS)
+    counts = [cut.tokens for cut in cut_prompts(load_tokenizer(TINY / "tokenizer"), CAPTIONS, 226)]
     assert sum(counts) / sum(len(caption.split()) for caption in CAPTIONS) < 2.2
 
 

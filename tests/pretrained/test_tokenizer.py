@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import mask2dit_jax
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.pretrained.tokenizer import count_tokens, load_tokenizer, tokenize
+from mask2dit_jax.pretrained.tokenizer import cut_prompts, load_tokenizer, tokenize
 
 TINY = Path(mask2dit_jax.__file__).parent / "assets/tiny/tokenizer"
 PROMPTS = [
@@ -53,7 +53,7 @@ def test_ids_are_those_of_sentencepiece(tokenizer, prompt, warnings):
     assert row.shape == (1, 120)
     assert row.dtype == np.int32
     assert row[0].tolist() == ids + [0] * (120 - len(ids))
-    assert count_tokens(tokenizer, [prompt]) == [len(ids)]
+    assert [cut.tokens for cut in cut_prompts(tokenizer, [prompt], 226)] == [len(ids)]
     assert not warnings
 
 
@@ -71,7 +71,7 @@ def test_default_length(tokenizer):
 def test_a_long_prompt_is_cut_with_one_warning_that_names_the_words(tokenizer, warnings):
     prompts = ["A cat sleeps.", "A dog runs. " * 3 + "Suddenly the moon explodes over Kyoto"]
     whole = expected_ids(prompts[1])
-    moon = count_tokens(tokenizer, ["A dog runs. " * 3 + "Suddenly"])[0]
+    moon = cut_prompts(tokenizer, ["A dog runs. " * 3 + "Suddenly"], 226)[0].tokens
     rows = tokenize(tokenizer, prompts, moon)
     assert rows[1].tolist() == [*whole[: moon - 1], 1]
     assert rows[0].tolist() == (expected_ids(prompts[0]) + [0] * moon)[:moon]
