@@ -1,8 +1,8 @@
 """Identity of files: two files are the same if their bytes are.
 
-Each local file is hashed once, all of it. The hash is kept in the user's cache, with the path, size, inode, modification
-time and change time that the file had. While these stay, the file is not read again. A program can set the
-modification time back after it changed a file, but not the change time.
+Each local file is hashed once, all of it. The hash is kept in the user's cache, with the path, size, inode,
+modification time and change time that the file had. While these stay, the file is not read again. A program can set
+the modification time back after it changed a file, but not the change time.
 
     ~/.cache/mask2dit_jax/hashes/sha256.sqlite    can be deleted at any time
 
