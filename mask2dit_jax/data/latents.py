@@ -288,9 +288,10 @@ def check_settings(folder: epath.PathLike, wanted: LatentSettings, ignored: tupl
         stored, described = ({**settings, name: None} for settings in (stored, described))
     found = differences(stored, described)
     if found:
-        raise UserError(
-            f"{folder} was made with {'; '.join(found)}; set these in the config, or encode a data set anew"
-        )
+        remedy = "set these in the config"
+        if stored.get("encoders") != described["encoders"]:
+            remedy += " (encoders: set pretrained to the directory that the data set was encoded with)"
+        raise UserError(f"{folder} was made with {'; '.join(found)}; {remedy}, or encode a data set anew")
 
 
 def is_whole(folder: epath.Path, shard: Shard) -> bool:

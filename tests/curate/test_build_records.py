@@ -359,7 +359,7 @@ OTHERS = {
     "variants": (3, "variants 2, not 3"),
     "seed": (1, "seed 0, not 1"),
     "max_tokens": (226, "max_tokens 4, not 226"),
-    "encoders": ("other", "encoders stub, not other"),
+    "encoders": ("other", "encoders stub, not other; set these in the config .encoders: set pretrained to the direc"),
     "compute_dtype": ("bfloat16", "compute_dtype float32, not bfloat16"),
 }
 
@@ -368,7 +368,7 @@ OTHERS = {
 def test_another_setting_is_refused_by_name(complete, scan, name):
     value, told = OTHERS[name]
     settings = dataclasses.replace(SETTINGS, **{name: value})
-    with pytest.raises(UserError, match=f"latents was made with {told}; set these in the config, or encode"):
+    with pytest.raises(UserError, match=f"latents was made with {told}"):
         builder(complete, scan, settings)
     latents.check_settings(complete, settings, ignored=(name,))
 

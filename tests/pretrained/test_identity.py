@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.models.dit import DiT
 from mask2dit_jax.pretrained import directory
+from mask2dit_jax.pretrained.former_fingerprint import former_fingerprint
 from mask2dit_jax.pretrained.pretrained import TINY
 from mask2dit_jax.pretrained.stored_checkpoint import save_params
 from mask2dit_jax.pretrained.tokenizer import load_tokenizer, tokenize
@@ -173,3 +174,8 @@ def test_a_checkpoint_is_its_parameters_and_what_is_read_of_its_record(tmp_path)
     assert TransformerSource.require(moved).fingerprint() != first
     other = checkpoint(tmp_path / "other", change=lambda leaf: leaf + 1)
     assert TransformerSource.require(other).fingerprint() != first
+
+
+def test_the_former_fingerprint_is_what_it_was():
+    """Data sets on people's disks have this one."""
+    assert former_fingerprint(TINY, NAMES) == "8fe4115bcc8484f6"
