@@ -120,6 +120,7 @@ def encode(config: TrainConfig, data_file: str, output: str) -> None:
     model = _model(config, pretrained)
     scan = scan_data_file(config.data.kind, data_file)
     settings = training_data.latent_settings(config, pretrained, model.text_tokens)
+    settings = training_data.settings_as_stored(settings, pretrained, output)
 
     @functools.cache
     def encoders():  # a data set that is complete needs none

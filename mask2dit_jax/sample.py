@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from mask2dit_jax.config import SampleConfig, read_config, to_config_dict
 from mask2dit_jax.errors import UserError, run_main
-from mask2dit_jax.io import user_cache
+from mask2dit_jax.io.compiled_programs import keep_compiled_programs
+from mask2dit_jax.io.user_cache import user_cache
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.pretrained.directory import read_json
 from mask2dit_jax.pretrained.pretrained import Pretrained
@@ -60,12 +61,12 @@ def main(argv):
             "field (pretrained, checkpoint), change it in a copy of that file"
         )
     distributed.initialize()
-    user_cache.keep_compiled_programs()
+    keep_compiled_programs()
     config, stories = _repeated(_REPEAT.value) if _REPEAT.value else _asked(_CONFIG.value)
     logging.info("config:\n%s", to_config_dict(config))
     output = epath.Path(_OUTPUT.value or f"runs/{config.name}")
     weights = Pretrained.open(config.pretrained, checkpoint=config.checkpoint, weights=config.weights)
-    engine = StoryEngine(weights, config, prompt_cache=user_cache.user_cache("prompts"))
+    engine = StoryEngine(weights, config, prompt_cache=user_cache("prompts"))
     _warn_of_other_weights(_REPEAT.value, engine)
     folders = [
         _folder(config, engine, plan, seed, output / name)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mask2dit_jax.config import TrainConfig, changes, read_config
 from mask2dit_jax.errors import UserError, run_main
-from mask2dit_jax.io import user_cache
+from mask2dit_jax.io.compiled_programs import keep_compiled_programs
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.parallel.mesh import make_mesh
 from mask2dit_jax.pretrained import stored_checkpoint
@@ -53,7 +53,7 @@ def main(argv):
     if len(argv) > 1:
         raise UserError(f"what is {argv[1]}? settings are given as --config.field=value")
     distributed.initialize(sigterm_is_asked_for=True)
-    user_cache.keep_compiled_programs()
+    keep_compiled_programs()
     config = read_config(_CONFIG.value, TrainConfig, "train")
     config.require("pretrained", "data.path")
     workdir = _WORKDIR.value or f"runs/{config.name}"

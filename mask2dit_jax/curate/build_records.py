@@ -30,6 +30,7 @@ from mask2dit_jax.curate.known_records import (
     REPORT_FILE,
     SHARD_FILE,
     Known,
+    known_records,
     link_shard,
     read_report,
     records_of_data_sets,
@@ -37,7 +38,16 @@ from mask2dit_jax.curate.known_records import (
 )
 from mask2dit_jax.data import latents
 from mask2dit_jax.data.encode import EncodedClip
-from mask2dit_jax.data.latents import SPLIT, Index, LatentSettings, RecordShapes, Shard, clip_key, source_stamp
+from mask2dit_jax.data.latents import (
+    SPLIT,
+    Index,
+    LatentSettings,
+    RecordShapes,
+    Shard,
+    clip_key,
+    describe_source,
+    is_source,
+)
 from mask2dit_jax.data.sources import Clip, Scan, Skipped, printable
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import atomic_output, remove_leftovers
@@ -227,7 +237,7 @@ class SceneLatents(tfds.core.ShardBasedBuilder, skip_registration=True):
         if report is None or not latents.is_whole(self._folder, self._shard(number, report)):
             return False
         clips = zip(self._shards[number].clips, report["clips"], strict=True)
-        return all(outcome["source"] == source_stamp(clip) for clip, outcome in clips)
+        return all(is_source(clip, outcome) for clip, outcome in clips)
 
     def _write_shard(self, number: int, progress: tqdm) -> None:
         path, shard = self._path(number), self._shards[number]
@@ -272,23 +282,24 @@ class ShardOfClips:
 
     def link(self, path: os.PathLike, progress: tqdm, known: Known) -> int:
         """Share the file of another data set if one holds just these clips; return its number of records, or 0."""
-        keys = [(clip_key(clip), source_stamp(clip)) for clip in self.clips]
-        stored = [known.get(key) for key in keys]
+        stored = [known_records(known, *described) for described in zip(self.clips, self._sources, strict=True)]
         if not link_shard(path, stored):
             return 0
-        self.outcomes = [dict(records.outcome) for records in stored]
+        self.outcomes = [
+            {**records.outcome, "state": source["state"]} for records, source in zip(stored, self._sources, strict=True)
+        ]
         progress.update(len(self.clips))
         return sum(len(records.numbers) for records in stored)
 
     def __call__(self, progress: tqdm, known: Known) -> Iterator[dict | bytes]:
         """Yield the records: as bytes those that are `known`, as what TFDS encodes those that are new."""
         self.outcomes = []
-        for clip in self.clips:
-            outcome = {"name": printable(clip.name), "key": clip_key(clip), "source": source_stamp(clip)}
-            stored = known.get((outcome["key"], outcome["source"]))
+        for clip, source in zip(self.clips, self._sources, strict=True):
+            outcome = {"name": printable(clip.name), "key": clip_key(clip), **source}
+            stored = known_records(known, clip, source)
             records = stored and stored.read()
             if records:
-                outcome.update(stored.outcome)
+                outcome.update(stored.outcome, state=source["state"])
                 yield from records
             else:
                 try:
@@ -301,6 +312,10 @@ class ShardOfClips:
                     yield from self._records(clip, encoded, outcome["source"])
             self.outcomes.append(outcome)
             progress.update()
+
+    @functools.cached_property
+    def _sources(self) -> list[dict[str, str]]:
+        return [describe_source(clip) for clip in self.clips]
 
     def _records(self, clip: Clip, encoded: EncodedClip, source: str) -> Iterator[dict]:
         common = {

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from array_record.python import array_record_module
 from etils import epath
 
-from mask2dit_jax.data.latents import SPLIT, LatentSettings, Shard, is_whole, read_settings
+from mask2dit_jax.data.latents import SPLIT, LatentSettings, Shard, clip_key, dated_stamp, is_whole, read_settings
+from mask2dit_jax.data.sources import Clip
 from mask2dit_jax.errors import UserError
 
 SHARD_FILE = f"scene_latents-{SPLIT}.array_record-{{}}"  # as TFDS names it, but for the part "00003-of-00064"
@@ -40,7 +41,15 @@ class StoredRecords:
             return None
 
 
-Known = dict[tuple[str, str], StoredRecords]  # by the clip's key and its video's stamp
+Known = dict[tuple[str, str], StoredRecords]  # by the clip's key and its video's hash, or its size and time
+
+
+def known_records(known: Known, clip: Clip, source: Mapping[str, str]) -> StoredRecords | None:
+    """Return the records of a clip whose video is as `describe_source` says; None if there are none."""
+    found = known.get((clip_key(clip), source["source"]))
+    if found is None and source["state"]:
+        found = known.get((clip_key(clip), dated_stamp(source["state"])))
+    return found
 
 
 def link_shard(target: os.PathLike, stored: Sequence[StoredRecords | None]) -> bool:

@@ -1,9 +1,16 @@
-"""Cutting long videos into shots: PySceneDetect finds the cuts, each shot becomes a file of its own."""
+"""Cutting long videos into shots: PySceneDetect finds the cuts, each shot becomes a file of its own.
+
+    NAME-2.mp4    the second shot of NAME
+    NAME-2.json   what it was made from: hash of the video, first and last frame, rate, encoder; and its own hash
+
+A shot is kept only if it is the file that was written, and if it would be made from the same again.
+"""
 
 import collections
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +18,12 @@ from PIL import Image
 from scenedetect import ContentDetector, FrameTimecode
 from tqdm import tqdm
 
-from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.atomic import atomic_output
+from mask2dit_jax.io.content import file_hash
 from mask2dit_jax.media.video_reader import iter_frames, probe
-from mask2dit_jax.media.video_writer import write_video
+from mask2dit_jax.media.video_writer import CODEC, ENCODER, PIXELS, write_video
 
+_FORMAT = 1  # raise it when the same frames of a video are decoded or written in another way
 _DETECTION_WIDTH = 256  # pixels; PySceneDetect's own programs shrink videos to about this size
 
 
@@ -68,26 +77,35 @@ def find_shots(video: str | Path, threshold: float = 27.0) -> list[Shot]:
 def write_shots(shots: Sequence[Shot], folder: str | Path) -> list[Path]:
     """Write each shot of one video to `folder/<name>.mp4`, re-encoded at the same frame rate in high quality.
 
-    Keeps a file that is whole and newer than the video. Holds one frame at a time in memory.
+    Keeps a file that was made from the same frames of the same video with the same settings. Holds one frame at a time
+    in memory.
 
     Raises:
         UserError: the video cannot be read, or a file cannot be written.
     """
     paths = [Path(folder) / f"{shot.name}.mp4" for shot in shots]
     frames, position = iter_frames(shots[0].video), 0
-    fps = float(probe(shots[0].video).fps)
+    fps, source = float(probe(shots[0].video).fps), file_hash(shots[0].video)
     for shot, path in zip(shots, tqdm(paths, f"writing shots of {shots[0].video.name}", unit="shot"), strict=True):
-        if not _is_written(shot, path):
+        made_from = {
+            "format": _FORMAT,
+            "source": source,
+            "frames": [shot.start, shot.stop - 1],
+            "fps": fps,
+            "encoder": {"codec": CODEC, "pixels": PIXELS, **ENCODER},
+        }
+        if not _is_written(path, made_from):
             collections.deque(itertools.islice(frames, shot.start - position), maxlen=0)  # skips the frames between
             write_video(path, itertools.islice(frames, shot.num_frames), fps)
+            with atomic_output(path.with_suffix(".json")) as partial:
+                partial.write_text(json.dumps({**made_from, "shot": file_hash(path)}, indent=2) + "\n")
             position = shot.stop
     return paths
 
 
-def _is_written(shot: Shot, path: Path) -> bool:
-    if not path.exists() or path.stat().st_mtime < shot.video.stat().st_mtime:
-        return False
+def _is_written(path: Path, made_from: Mapping[str, object]) -> bool:
+    """Return whether the file is the one that was made from this: neither damaged since nor replaced."""
     try:
-        return probe(path).num_frames == shot.num_frames
-    except UserError:  # left by a kill or damaged since; it is written again
+        return json.loads(path.with_suffix(".json").read_text()) == {**made_from, "shot": file_hash(path)}
+    except (OSError, ValueError):  # of an older version, or left by a kill; it is written again
         return False

@@ -34,6 +34,7 @@ from mask2dit_jax.data.frames import FrameChoices, PretrainSampling, SftSampling
 from mask2dit_jax.data.sources import Clip, Group
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import atomic_output
+from mask2dit_jax.io.content import file_hash, file_state
 from mask2dit_jax.io.paths import is_remote
 
 FORMAT = 1  # raise it when the meaning of a stored number changes
@@ -115,7 +116,7 @@ class RecordShapes:
                 "text": feature.Tensor(shape=self.text, dtype=ml_dtypes.bfloat16, encoding=raw),
                 "caption": feature.Text(),
                 "video": feature.Text(),
-                "source": feature.Text(),  # size and time of the video file
+                "source": feature.Text(),  # SHA-256 of the video file; older records have its size and time
                 "variant": feature.Scalar(np.int32),
                 "start": feature.Scalar(np.int32),
                 "stride": feature.Scalar(np.int32),
@@ -287,9 +288,10 @@ def check_settings(folder: epath.PathLike, wanted: LatentSettings, ignored: tupl
         stored, described = ({**settings, name: None} for settings in (stored, described))
     found = differences(stored, described)
     if found:
-        raise UserError(
-            f"{folder} was made with {'; '.join(found)}; set these in the config, or encode a data set anew"
-        )
+        remedy = "set these in the config"
+        if stored.get("encoders") != described["encoders"]:
+            remedy += " (encoders: set pretrained to the directory that the data set was encoded with)"
+        raise UserError(f"{folder} was made with {'; '.join(found)}; {remedy}, or encode a data set anew")
 
 
 def is_whole(folder: epath.Path, shard: Shard) -> bool:
@@ -309,13 +311,31 @@ def clip_key(clip: Clip) -> str:
     return hashlib.sha256(os.fsencode(f"{clip.name}\0{clip.caption}")).hexdigest()[:16]
 
 
-def source_stamp(clip: Clip) -> str:
-    """Return size and time of the video file, which change when it is replaced."""
+def describe_source(clip: Clip) -> dict[str, str]:
+    """Return what identifies the video file: `source`, the hash of its content, and `state`, its size and times."""
     try:
-        status = clip.path.stat()
+        return {"state": file_state(clip.path), "source": file_hash(clip.path)}
     except OSError:
-        return "missing"
-    return f"{status.st_size} bytes, modified {status.st_mtime_ns}"
+        return {"state": "", "source": "missing"}
+
+
+def is_source(clip: Clip, described: Mapping[str, str]) -> bool:
+    """Return whether the video file has the content that `describe_source` found.
+
+    Reads the file only if its state has changed: it has been copied or touched, or replaced.
+    """
+    source = described["source"]
+    try:
+        state = file_state(clip.path)
+        return described.get("state") == state or source == dated_stamp(state) or source == file_hash(clip.path)
+    except OSError:
+        return source == "missing"
+
+
+def dated_stamp(state: str) -> str:
+    """Return size and time of a video file in this `state`, by which older versions knew it."""
+    size, _, modified, _ = state.split()
+    return f"{size} bytes, modified {modified}"
 
 
 def json_hash(description: object) -> str:

@@ -17,7 +17,8 @@ from mask2dit_jax.io.atomic import atomic_output
 # Small frames show every artefact, so the quality is high: x264 is visually lossless from about crf 17 down.
 # Unless a file states all three of its colour properties, a player guesses all of them from the frame size.
 _COLOURS = "colorprim=bt709:transfer=bt709:colormatrix=bt709"
-_ENCODER = {"crf": "16", "preset": "medium", "x264-params": _COLOURS}
+CODEC, PIXELS = "libx264", "yuv420p"
+ENCODER = {"crf": "16", "preset": "medium", "x264-params": _COLOURS}
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[UInt8[np.ndarray, "h w 3"]], fps: int | float) -> None:
@@ -45,11 +46,11 @@ def write_video(path: str | os.PathLike, frames: Iterable[UInt8[np.ndarray, "h w
         atomic_output(path) as local,
         av.open(local, "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=_ENCODER)
+        stream = container.add_stream(CODEC, rate=Fraction(fps).limit_denominator(1001), options=ENCODER)
         stream.height, stream.width = (side + side % 2 for side in first.shape[:2])
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = PIXELS
         frames = itertools.chain([first], frames)
         for image in tqdm(frames, desc=f"writing {os.path.basename(path)}", unit="frame", delay=2):
             frame = av.VideoFrame.from_ndarray(np.pad(image, padding, mode="edge"), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+            container.mux(stream.encode(frame.reformat(format=PIXELS, dst_colorspace=Colorspace.ITU709)))
         container.mux(stream.encode(None))

@@ -11,7 +11,8 @@ folder may hold `params/` (Orbax, our own layout), which `port_weights` writes a
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,16 +24,26 @@ from jax.sharding import SingleDeviceSharding
 
 from mask2dit_jax.diffusion.schedule import ScheduleConfig
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.content import file_hash
 from mask2dit_jax.io.paths import absolute
 from mask2dit_jax.models import registry
 from mask2dit_jax.models.architecture import Architecture
 from mask2dit_jax.models.port_rules import Rule, flatten
 from mask2dit_jax.models.t5 import T5, T5Config
-from mask2dit_jax.pretrained.safetensors import load_state, open_weights, read_json, save_weights, write_json
+from mask2dit_jax.pretrained.safetensors import (
+    load_state,
+    open_weights,
+    read_json,
+    save_weights,
+    weight_files,
+    write_json,
+)
+from mask2dit_jax.pretrained.tokenizer import tokenizer_files
 
 PARAMS = "params"
 ORIGIN = "origin.txt"  # beside ported parameters
-_ENDS = 1 << 20  # bytes
+_CONFIG = "config.json"
+_STRAY = ("Thumbs.db", "desktop.ini")  # what Windows leaves in folders
 COPIED = ("tokenizer", "scheduler")  # folders without weights, which are the same in every layout
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
@@ -92,7 +103,7 @@ def load_config(directory: epath.PathLike, name: str):
     directory = epath.Path(directory)
     if not directory.exists():
         raise UserError(f"pretrained directory {directory} does not exist; give the directory that holds {name}/")
-    return COMPONENTS[name].read_config(read_json(directory / name / "config.json"))
+    return COMPONENTS[name].read_config(read_json(directory / name / _CONFIG))
 
 
 def load_schedule(directory: epath.PathLike) -> ScheduleConfig:
@@ -169,7 +180,7 @@ def save_diffusers(directory: epath.PathLike, name: str, config, params: nnx.Sta
     """
     component, folder = COMPONENTS[name], epath.Path(directory) / name
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config.to_json())
+    write_json(folder / _CONFIG, config.to_json())
     save_weights(component.table(config), params, folder, name=component.weights_name, dtype=dtype)
 
 
@@ -187,40 +198,56 @@ def save_component(directory: epath.PathLike, name: str, config, params: nnx.Sta
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(absolute(folder / PARAMS), params, force=True)
-    (folder / ORIGIN).write_text(ported_from)
-    write_json(folder / "config.json", config.to_json())
+    write_json(folder / _CONFIG, config.to_json())
+    (folder / ORIGIN).write_text(f"{ported_from}\n{file_hash(folder / _CONFIG)}")
 
 
 def fingerprint(directory: epath.PathLike, names: Iterable[str]) -> str:
     """Hash components of a directory. The hash is the same for equal components, whether they were ported or not."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(f"{name} {origin(epath.Path(directory) / name)}".encode())
-    return digest.hexdigest()[:16]
+    return _digest(f"{name} {origin(epath.Path(directory) / name)}" for name in sorted(names))
 
 
 def origin(folder: epath.Path) -> str:
-    """Return what identifies one component: a hash of its files, or the origin that was recorded when it was ported.
+    """Return what identifies one component: a hash of the content of the files that are read from its folder.
 
-    Hashes every file's name, size and both ends, not all of it: the text encoder alone has 10 GB or more, and weights
-    that differ also differ in their ends.
+    Other files do not count. A ported component has the origin that was recorded when it was ported, unless its
+    config.json has changed since.
+
+    Raises:
+        UserError: weight files are missing, ambiguous or unreadable.
     """
-    if (folder / ORIGIN).exists():
-        return (folder / ORIGIN).read_text()
-    digest = hashlib.sha256()
-    for file in _files(folder):
-        size = file.stat().length
-        digest.update(f"{file.relative_to(folder)} {size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_ENDS))
-            stream.seek(max(0, size - _ENDS))
-            digest.update(stream.read(_ENDS))
-    return digest.hexdigest()[:16]
+    ported = (folder / PARAMS).exists()
+    if ported and (folder / ORIGIN).exists():
+        recorded, *config = (folder / ORIGIN).read_text().split()
+        changed = config and (folder / _CONFIG).exists() and config != [file_hash(folder / _CONFIG)]
+        return _digest([recorded, file_hash(folder / _CONFIG)]) if changed else recorded
+    if folder.name == "tokenizer":
+        return hash_files(folder, tokenizer_files(folder))
+    configs = [folder / _CONFIG] if (folder / _CONFIG).exists() else []
+    return hash_files(folder, [*configs, *(stored_files(folder / PARAMS) if ported else weight_files(folder))])
 
 
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
+def hash_files(folder: epath.Path, files: Iterable[epath.Path]) -> str:
+    """Hash the names and the content of files in a folder. Raises UserError if one cannot be read."""
+    try:
+        return _digest(f"{os.path.relpath(file, folder)} {file_hash(file)}" for file in files)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder} cannot be read ({error.strerror or error}); copy it again"
+        ) from error
+
+
+def stored_files(folder: epath.Path) -> list[epath.Path]:
+    """Return the files that Orbax wrote into a folder such as `params/`, without those of desktops and editors."""
+    found = []
     for path in sorted(folder.iterdir()) if folder.exists() else ():
-        yield from _files(path) if path.is_dir() else (path,)
+        if path.name not in _STRAY and not path.name.startswith(".") and not path.name.endswith("~"):
+            found += stored_files(path) if path.is_dir() else [path]
+    return found
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def copy_rest(source: epath.PathLike, target: epath.PathLike) -> list[str]:

@@ -86,18 +86,36 @@ def open_weights(folder: str | os.PathLike) -> dict[str, StoredTensor]:
     folder = _local(folder)
     if not folder.is_dir():
         raise UserError(f"weights folder {folder} does not exist; give a folder that holds safetensors files")
-    found = [
-        name + suffix for name in NAMES for suffix in (_INDEX, ".safetensors") if (folder / (name + suffix)).exists()
-    ]
-    if not found:
+    path = _entry(folder)
+    if path is None:
         raise UserError(
             f"weights folder {folder} holds neither {' nor '.join(f'{name}.safetensors' for name in NAMES)} "
             "(nor their index); PyTorch .bin files must be converted to safetensors first"
         )
+    return _open_shards(Path(path)) if path.name.endswith(_INDEX) else dict(_open_file(Path(path)))
+
+
+def weight_files(folder: str | os.PathLike) -> list[epath.Path]:
+    """Return the files that `open_weights` reads in a folder, local or gs://: none if it holds no weights.
+
+    Raises:
+        UserError: the folder is ambiguous, a shard is missing, or the index is damaged.
+    """
+    path = _entry(folder)
+    if path is None:
+        return []
+    if not path.name.endswith(_INDEX):
+        return [path]
+    return [path, *(path.parent / shard for shard in sorted(set(_weight_map(path).values())))]
+
+
+def _entry(folder: str | os.PathLike) -> epath.Path | None:
+    """Return the file that all weights of a folder are found from: the index, or the only safetensors file."""
+    names = [name + suffix for name in NAMES for suffix in (_INDEX, ".safetensors")]
+    found = [name for name in names if (epath.Path(folder) / name).exists()]
     if len(found) > 1:
         raise UserError(f"weights folder {folder} holds both {' and '.join(found)}; remove all but one")
-    path = folder / found[0]
-    return _open_shards(path) if path.name.endswith(_INDEX) else dict(_open_file(path))
+    return epath.Path(folder) / found[0] if found else None
 
 
 def _local(folder) -> Path:
@@ -108,14 +126,21 @@ def _local(folder) -> Path:
     return Path(folder)
 
 
-def _open_shards(index: Path) -> dict[str, StoredTensor]:
+def _weight_map(index: os.PathLike) -> dict[str, str]:
+    """Read which shard holds each tensor; all shards are there."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{index} has no weight_map from tensors to files; download it again")
+    for shard in sorted(set(weight_map.values())):
+        if not (epath.Path(index).parent / shard).exists():
+            raise UserError(f"shard {shard!r}, named by {index}, is missing; download it into the same folder")
+    return weight_map
+
+
+def _open_shards(index: Path) -> dict[str, StoredTensor]:
+    weight_map = _weight_map(index)
     tensors = {}
     for shard in sorted(set(weight_map.values())):
-        if not (index.parent / shard).exists():
-            raise UserError(f"shard {shard!r}, named by {index}, is missing; download it into the same folder")
         # A tensor that the index does not list is kept. The port table decides whether the model has a place for it.
         tensors |= {
             key: tensor for key, tensor in _open_file(index.parent / shard) if weight_map.get(key, shard) == shard

@@ -14,9 +14,14 @@ from jaxtyping import Int32
 from transformers import T5Tokenizer
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.io.paths import is_remote
 
 MAX_TOKENS = 226  # a scene's text tokens in every released CogVideoX
+_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+
+
+def tokenizer_files(folder: str | os.PathLike) -> list[epath.Path]:
+    """Return the files of a `tokenizer/` folder, local or gs://, that decide the tokens of a text."""
+    return [path for name in _FILES if (path := epath.Path(folder) / name).exists()]
 
 
 def load_tokenizer(folder: str | os.PathLike) -> T5Tokenizer:
@@ -27,32 +32,33 @@ def load_tokenizer(folder: str | os.PathLike) -> T5Tokenizer:
     Raises:
         UserError: the folder is missing or damaged.
     """
-    if not is_remote(folder):
-        return _load_tokenizer(Path(folder))
-    with tempfile.TemporaryDirectory() as local:  # transformers only opens local files
-        for file in epath.Path(folder).iterdir():
+    # transformers opens local files only, and in a folder that holds others it may take one for the vocabulary.
+    with tempfile.TemporaryDirectory() as local:
+        for file in tokenizer_files(folder):
             file.copy(epath.Path(local) / file.name)
-        return _load_tokenizer(Path(local))
+        return _load_tokenizer(Path(local), folder)
 
 
-def _load_tokenizer(folder: Path) -> T5Tokenizer:
-    vocabulary = folder / "spiece.model"
+def _load_tokenizer(local: Path, folder: str | os.PathLike) -> T5Tokenizer:
+    vocabulary = local / "spiece.model"
     # Without this check, transformers uses an empty vocabulary for a missing file, and guesses for a damaged one.
     if vocabulary.exists():
-        _check_vocabulary(vocabulary)
-    elif not (folder / "tokenizer.json").exists():
+        _check_vocabulary(vocabulary, folder)
+    elif not (local / "tokenizer.json").exists():
         raise UserError(f"tokenizer folder {folder} holds no spiece.model; copy tokenizer/ from the model's repository")
     try:
-        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+        return T5Tokenizer.from_pretrained(local, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"tokenizer folder {folder} is damaged ({_first_line(error)}); copy it again") from error
 
 
-def _check_vocabulary(path: Path):
+def _check_vocabulary(path: Path, folder: str | os.PathLike):
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} is no SentencePiece vocabulary ({_first_line(error)}); copy it again") from error
+        raise UserError(
+            f"{folder}/{path.name} is no SentencePiece vocabulary ({_first_line(error)}); copy it again"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

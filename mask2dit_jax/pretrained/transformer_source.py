@@ -1,6 +1,8 @@
 """Where a transformer is stored: in one of our checkpoints, or in the transformer folder of a diffusers directory."""
 
 import dataclasses
+import hashlib
+import json
 
 import jax
 from etils import epath
@@ -74,9 +76,17 @@ class TransformerSource:
         return port.load_config(self.folder, "transformer")
 
     def fingerprint(self) -> str:
-        """Return a hash that tells these weights from others; see `directory.fingerprint`."""
-        parts = ("params", "ema")[: 1 + self.is_ema] if self.is_checkpoint else ("transformer",)
-        return port.fingerprint(self.folder, parts)
+        """Return a hash that tells these weights from others: of the content of all files that are read.
+
+        Of a checkpoint's record, only the model's config and its adapters count. The rest does not change the weights.
+        """
+        if not self.is_checkpoint:
+            return port.fingerprint(self.folder, ("transformer",))
+        record = stored_checkpoint.read_record(self.folder)
+        items = ("params", "ema")[: 1 + self.is_ema]
+        files = [file for item in items for file in port.stored_files(self.folder / item)]
+        read = json.dumps([record["model"], record.get("lora"), port.hash_files(self.folder, files)], sort_keys=True)
+        return hashlib.sha256(read.encode()).hexdigest()[:16]
 
     def load(self, abstract: nnx.State) -> nnx.State:
         """Load the parameters with the dtypes and shardings of `abstract`."""

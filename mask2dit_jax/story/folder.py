@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import atomic_output, remove_leftovers
+from mask2dit_jax.io.content import file_hash
 from mask2dit_jax.io.paths import is_remote
 from mask2dit_jax.media.storyboard import StoryboardScene, write_storyboard
 from mask2dit_jax.media.video_join import join_videos
@@ -97,8 +98,11 @@ class StoryFolder:
         return all(number in self.scenes for number in range(len(self.plan.frames)))
 
     def is_shown(self, number: int) -> bool:
-        """Return whether a scene's video and statistics are there, made from its latents as they are."""
-        return self.scenes.is_shown(number, self.display) and self.video(number).exists()
+        """Return whether a scene's statistics are there, and the very video that was made from its latents."""
+        video = self.video(number)
+        if not (self.scenes.is_shown(number, self.display) and video.exists()):
+            return False
+        return self.scenes.video_hash(number) in (None, file_hash(video))
 
     def show(self, number: int, frames: Iterable[UInt8[np.ndarray, "h w 3"]]) -> None:
         """Write the video of a scene from its frames, one by one, and keep a few of them with their statistics."""
@@ -108,7 +112,8 @@ class StoryFolder:
         measured = FrameStatistics(frames, keep.tolist())
         write_video(self.video(number), measured, self.plan.fps)
         statistics = measured.result() | latent_statistics(self.scenes[number])
-        self.scenes.show(number, self.display, Shown(np.stack(measured.kept), statistics))
+        shown = Shown(np.stack(measured.kept), statistics)
+        self.scenes.show(number, self.display, shown, file_hash(self.video(number)))
 
     def finish(self) -> list[epath.Path]:
         """Write what is made from all scenes together, and return the files to look at."""

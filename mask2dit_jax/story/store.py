@@ -1,7 +1,8 @@
 """The finished scenes of a story on disk, from which a run that was killed resumes.
 
     OUT/latents/scene_01.npz    latents (f h w c), and the fingerprint of everything that decided them;
-                                once the scene has been shown, also a few of its frames and the statistics of all
+                                once the scene has been shown, also a few of its frames, the statistics of all, and
+                                the hash of its video
 
 The fingerprint of a scene includes those of its context. So if scene 4 is edited, or scenes are added at the end, only
 the scenes that change are made again.
@@ -23,6 +24,7 @@ from etils import epath
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import atomic_output
+from mask2dit_jax.io.content import file_hash
 from mask2dit_jax.story.plan import StoryPlan
 
 FORMAT = 1  # raise it when the same settings make other latents
@@ -89,21 +91,33 @@ class StoryLatents(MutableMapping[int, np.ndarray]):
         """Return whether there is a file at all, even one that is damaged or was made with other settings."""
         return self._path(scene).exists()
 
-    def show(self, scene: int, display: str, shown: Shown) -> None:
+    def show(self, scene: int, display: str, shown: Shown, video: str) -> None:
         """Store what is kept of a scene's frames once its video is written.
 
         Args:
             scene: its number.
             display: says how the frames were made from the latents.
             shown: what to keep.
+            video: hash of the video's content, see `file_hash`.
         """
-        statistics = np.array(json.dumps(shown.statistics))
-        self._write(scene, latents=self[scene], display=np.array(display), frames=shown.frames, statistics=statistics)
+        self._write(
+            scene,
+            latents=self[scene],
+            display=np.array(display),
+            frames=shown.frames,
+            statistics=np.array(json.dumps(shown.statistics)),
+            video=np.array(video),
+        )
 
     def is_shown(self, scene: int, display: str) -> bool:
         """Return whether the scene has been shown in the way that `display` says."""
         stored = self._read(scene, "display")
         return stored is not None and str(stored["display"]) == display
+
+    def video_hash(self, scene: int) -> str | None:
+        """Return the hash of the video that was written; None if an older version wrote it, or nothing did."""
+        stored = self._read(scene, "video")
+        return stored and str(stored["video"])
 
     def shown(self, scene: int, display: str) -> Shown | None:
         """Return what is kept of the scene's frames; None if it has not been shown, or not in this way."""
@@ -144,7 +158,7 @@ def fingerprints(plan: StoryPlan, settings: Mapping[str, object], given: Mapping
     made: dict[int, str] = {}
     story, frames = plan.story, plan.frames
     for number, scene in enumerate(story.scenes[: story.num_given]):
-        made[number] = _hash(given, number, frames[number], plan.fps, float(scene.start), _file_hash(scene.given))
+        made[number] = _hash(given, number, frames[number], plan.fps, float(scene.start), _given_hash(scene.given))
     for window in plan.windows:
         scenes = [story.scenes[number] for number in window.scenes]
         texts = [(scene.prompt, scene.negative if plan.guided else "") for scene in scenes]
@@ -159,9 +173,8 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _file_hash(path: str) -> str:
+def _given_hash(path: str) -> str:
     try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(Path(path))
     except OSError as error:
         raise UserError(f"{path}: no such file ({error.strerror}); correct the path of the given scene") from error

@@ -38,6 +38,7 @@ from mask2dit_jax.models.registry import CodecConfig
 from mask2dit_jax.models.sizes import scene_layout
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.pretrained.encoders import TextEncoder, VideoCodec
+from mask2dit_jax.pretrained.former_fingerprint import former_fingerprint
 from mask2dit_jax.pretrained.pretrained import Pretrained
 
 STORED, FRESH = FRAMES
@@ -135,6 +136,17 @@ def latent_settings(config: TrainConfig, pretrained: Pretrained, text_tokens: in
     )
 
 
+def settings_as_stored(settings: LatentSettings, pretrained: Pretrained, folder: epath.PathLike) -> LatentSettings:
+    """Return the settings with the encoders' hash of older versions if the data set in `folder` has that one."""
+    if not latents.is_data_set(folder):
+        return settings
+    former = former_fingerprint(pretrained.folder, _ENCODERS)
+    if former != latents.read_settings(folder).get("encoders"):
+        return settings
+    logging.info("%s is of an older version, which compared the sizes and ends of the encoders' files", folder)
+    return dataclasses.replace(settings, encoders=former)
+
+
 def record_shapes(config: TrainConfig, model: TransformerConfig, vae: CodecConfig) -> RecordShapes:
     """Return the shapes of the scenes that `model` is trained on."""
     layout = scene_layout(config, model, vae)
@@ -185,7 +197,8 @@ def _open_records(
     if not (pretrained.vae.has_weights and pretrained.text_encoder.has_weights):
         logging.info("%s has no encoder weights: it is not checked that %s was made with them", pretrained, path)
         ignored.append("encoders")
-    latents.check_settings(path, latent_settings(config, pretrained, model.text_tokens), tuple(ignored))
+    settings = settings_as_stored(latent_settings(config, pretrained, model.text_tokens), pretrained, path)
+    latents.check_settings(path, settings, tuple(ignored))
     store = SceneRecords(path)
     index = store.index
     skipped = Skipped(len(index.clips) + len(index.skipped), config.data.max_skipped_share)
@@ -202,6 +215,9 @@ def _open_videos(
     _add_all(skipped, scan.faults)
     settings = latent_settings(config, pretrained, model.text_tokens)
     shapes = record_shapes(config, model, pretrained.vae.config)
+    former = dataclasses.replace(settings, encoders=former_fingerprint(pretrained.folder, _ENCODERS))
+    if latents.is_data_set(_data_set_path(config.data.cache, former, shapes, scan)):
+        settings = former
     encoders = functools.cache(lambda: load_encoders(config, pretrained, model.text_tokens))
     # With several processes none may stop while the others wait for it, so what is too much is found after they meet.
     alone = jax.process_count() == 1
@@ -231,9 +247,7 @@ def _data_set_folder(cache: str, settings: LatentSettings, shapes: RecordShapes,
 
     The folder's name is a hash of settings and data file, so other settings or captions never meet these latents.
     """
-    if is_remote(cache):
-        raise UserError(f"data.cache={cache} is no folder on a disk; for a bucket, use build_data --encode")
-    folder = epath.Path(cache) / latents.json_hash(describe_data_set(settings, shapes, scan))
+    folder = _data_set_path(cache, settings, shapes, scan)
     lock = FileLock(f"{folder}.lock")
     try:
         is_waiting = False
@@ -245,6 +259,12 @@ def _data_set_folder(cache: str, settings: LatentSettings, shapes: RecordShapes,
         yield folder
     finally:
         lock.release()
+
+
+def _data_set_path(cache: str, settings: LatentSettings, shapes: RecordShapes, scan: Scan) -> epath.Path:
+    if is_remote(cache):
+        raise UserError(f"data.cache={cache} is no folder on a disk; for a bucket, use build_data --encode")
+    return epath.Path(cache) / latents.json_hash(describe_data_set(settings, shapes, scan))
 
 
 def _wait_for(path: epath.Path) -> None:

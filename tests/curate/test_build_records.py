@@ -1,6 +1,8 @@
 """The latent data set: what is in it, that no kill loses or doubles a record, that nothing stale is taken for it."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -111,7 +113,7 @@ def test_what_a_record_holds(complete, scan):
         np.testing.assert_allclose(record["text"].astype(np.float32), 1 / len(clip.caption), rtol=2**-8)
         assert record["caption"].decode() == clip.caption
         assert record["video"].decode() == clip.name
-        assert record["source"].decode().startswith(f"{clip.path.stat().st_size} bytes")
+        assert record["source"].decode() == hashlib.sha256(clip.path.read_bytes()).hexdigest()
         assert record["settings"].decode() == SETTINGS.fingerprint()
 
 
@@ -132,9 +134,6 @@ def test_grain_reads_the_shards(complete):
 
 
 def test_a_complete_data_set_is_left_as_it_is(complete, scan):
-    def must_not(clip):
-        raise AssertionError(clip)
-
     before = contents(complete)
     build(complete, scan, encode=must_not)
     assert contents(complete) == before
@@ -241,6 +240,66 @@ def test_a_video_that_was_replaced_is_encoded_again(scan, tmp_path):
     assert SceneRecords(tmp_path / "latents").read(SceneRecords(tmp_path / "latents").clips[3], 0)
 
 
+def must_not(clip):
+    raise AssertionError(clip)
+
+
+def test_a_video_of_the_same_size_and_date_is_encoded_again(scan, tmp_path):
+    for clip in scan.clips:
+        shutil.copy2(clip.path, tmp_path / clip.name)
+    build(tmp_path / "latents", clips_in(tmp_path))
+    replaced = tmp_path / "3.mp4"
+    content, before = bytearray(replaced.read_bytes()), replaced.stat()
+    content[len(content) // 2] ^= 1
+    replaced.write_bytes(content)
+    os.utime(replaced, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert builder(tmp_path / "latents", clips_in(tmp_path)).download_and_prepare() == 1
+
+
+def test_videos_that_were_copied_elsewhere_are_the_same(scan, complete, tmp_path):
+    """A copy has other times and another inode; its content is what was encoded."""
+    for clip in scan.clips:
+        shutil.copyfile(clip.path, tmp_path / clip.name)
+    copied = Path(shutil.copytree(complete, tmp_path / "latents"))
+    assert builder(copied, clips_in(tmp_path), encode=must_not).download_and_prepare() == 0
+
+
+@pytest.fixture
+def older(complete, scan, tmp_path):
+    """A data set that an older version wrote: its reports know videos by size and time."""
+    folder = Path(shutil.copytree(complete, tmp_path / "older"))
+    clips = {clip.name: clip for clip in scan.clips}
+    for path in folder.glob("shard-*.json"):
+        report = json.loads(path.read_text())
+        for outcome in report["clips"]:
+            status = clips[outcome["name"]].path.stat()
+            outcome["source"] = f"{status.st_size} bytes, modified {status.st_mtime_ns}"
+            del outcome["state"]
+        path.write_text(json.dumps(report))
+    return folder
+
+
+def test_a_data_set_of_an_older_version_is_complete_and_lends_its_records(older, scan, tmp_path, monkeypatch):
+    before = contents(older)
+    build(older, scan, encode=must_not)
+    assert contents(older) == before
+    encoded = []
+    made = SceneLatents(
+        tmp_path / "new",
+        SETTINGS,
+        SHAPES,
+        scan,
+        lambda clip: (encoded.append(clip.name), encode(clip))[1],
+        Skipped(scan.num_clips, 1.0),
+        reuse=[older],
+    )
+    made.download_and_prepare()
+    made.finish()
+    assert encoded == ["4.mp4"]  # the clip that cannot be used
+    assert decoded(tmp_path / "new") == decoded(older)
+    build(tmp_path / "new", scan, encode=must_not)
+
+
 def shard(number):
     return f"scene_latents-train.array_record-{number:05d}-of-00007"
 
@@ -300,7 +359,7 @@ OTHERS = {
     "variants": (3, "variants 2, not 3"),
     "seed": (1, "seed 0, not 1"),
     "max_tokens": (226, "max_tokens 4, not 226"),
-    "encoders": ("other", "encoders stub, not other"),
+    "encoders": ("other", "encoders stub, not other; set these in the config .encoders: set pretrained to the direc"),
     "compute_dtype": ("bfloat16", "compute_dtype float32, not bfloat16"),
 }
 
@@ -309,7 +368,7 @@ OTHERS = {
 def test_another_setting_is_refused_by_name(complete, scan, name):
     value, told = OTHERS[name]
     settings = dataclasses.replace(SETTINGS, **{name: value})
-    with pytest.raises(UserError, match=f"latents was made with {told}; set these in the config, or encode"):
+    with pytest.raises(UserError, match=f"latents was made with {told}"):
         builder(complete, scan, settings)
     latents.check_settings(complete, settings, ignored=(name,))
 

@@ -1,4 +1,7 @@
+import hashlib
 import itertools
+import json
+import os
 from fractions import Fraction
 
 import av
@@ -9,7 +12,7 @@ from mask2dit_jax.curate.demo import demo_videos
 from mask2dit_jax.curate.shots import find_shots, write_shots
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.media.video_reader import iter_frames, probe, read_frames
-from mask2dit_jax.media.video_writer import write_video
+from mask2dit_jax.media.video_writer import ENCODER, write_video
 
 CUTS = (0, 25, 60, 90)
 
@@ -99,6 +102,76 @@ def test_a_newer_video_is_cut_again(video, tmp_path):
     write_video(video, 255 - scenes(), 25)
     write_shots(find_shots(video), tmp_path)
     assert np.abs(read_frames(path, [0]).astype(int) - before).mean() > 20
+
+
+def greys(path, *values, frames=30):
+    """A film of grey shots, one of each value; they differ more or less."""
+    write_video(
+        path, np.repeat(np.array(values, np.uint8), frames)[:, None, None, None] * np.ones((64, 96, 3), "u1"), 25
+    )
+    return path
+
+
+def shown(paths):
+    return [round(read_frames(path, [15]).mean() / 10) * 10 for path in paths]
+
+
+def test_another_threshold_cuts_shots_of_one_number_and_length_anew(tmp_path):
+    """With the low threshold, weak-2 is grey 100; with the high one it was 250, of the same length."""
+    film = greys(tmp_path / "weak.mp4", 60, 100, 250)
+    few = find_shots(film, 27.0)
+    assert bounds(few) == [(0, 60), (60, 90)]
+    assert shown(write_shots(few, tmp_path / "out"))[1] == 250
+    many = find_shots(film, 8.0)
+    assert bounds(many) == [(0, 30), (30, 60), (60, 90)]
+    assert shown(write_shots(many, tmp_path / "out")) == [60, 100, 250]
+    assert shown(write_shots(few, tmp_path / "out"))[1] == 250
+
+
+def test_a_video_replaced_by_an_older_one_is_cut_again(tmp_path):
+    film = greys(tmp_path / "film.mp4", 20, 200)
+    assert shown(write_shots(find_shots(film), tmp_path / "out")) == [20, 200]
+    greys(film, 230, 40)
+    os.utime(film, (1, 1))
+    assert shown(write_shots(find_shots(film), tmp_path / "out")) == [230, 40]
+
+
+def test_a_copied_or_touched_video_is_not_cut_again(tmp_path):
+    film = greys(tmp_path / "film.mp4", 20, 200)
+    paths = write_shots(find_shots(film), tmp_path / "out")
+    before = [path.stat().st_mtime_ns for path in paths]
+    other = tmp_path / "copy" / "film.mp4"
+    other.parent.mkdir()
+    other.write_bytes(film.read_bytes())
+    write_shots(find_shots(other), tmp_path / "out")
+    assert [path.stat().st_mtime_ns for path in paths] == before
+
+
+def test_a_shot_that_was_replaced_by_another_file_of_its_length_is_written_again(tmp_path):
+    film = greys(tmp_path / "film.mp4", 20, 200)
+    first, second = write_shots(find_shots(film), tmp_path / "out")
+    first.write_bytes(second.read_bytes())
+    assert shown(write_shots(find_shots(film), tmp_path / "out")) == [20, 200]
+
+
+def test_other_settings_of_the_encoder_make_other_shots(tmp_path, monkeypatch):
+    film = greys(tmp_path / "film.mp4", 20, 200)
+    (first, _) = write_shots(find_shots(film), tmp_path / "out")
+    before = first.read_bytes()
+    monkeypatch.setitem(ENCODER, "crf", "40")
+    write_shots(find_shots(film), tmp_path / "out")
+    assert first.read_bytes() != before
+
+
+def test_a_shot_says_what_it_was_made_from(tmp_path):
+    film = greys(tmp_path / "film.mp4", 20, 200)
+    (_, second) = write_shots(find_shots(film), tmp_path / "out")
+    said = json.loads(second.with_suffix(".json").read_text())
+    assert said["source"] == hashlib.sha256(film.read_bytes()).hexdigest()
+    assert (said["frames"], said["fps"]) == ([30, 59], 25.0)
+    assert said["encoder"]["crf"] == "16"
+    second.with_suffix(".json").write_text("{")  # left by a kill
+    assert shown(write_shots(find_shots(film), tmp_path / "out")) == [20, 200]
 
 
 def test_a_broken_video(tmp_path):

@@ -1,13 +1,25 @@
 """What identifies stored latents: the settings, the clips, the data file."""
 
 import dataclasses
+import hashlib
+import os
 
 import pytest
 
 from mask2dit_jax.curate.build_records import describe_data_set
+from mask2dit_jax.data import latents
 from mask2dit_jax.data.frames import PretrainSampling, SftSampling
-from mask2dit_jax.data.latents import LatentSettings, RecordShapes, clip_key, json_hash, source_stamp
+from mask2dit_jax.data.latents import (
+    LatentSettings,
+    RecordShapes,
+    clip_key,
+    dated_stamp,
+    describe_source,
+    is_source,
+    json_hash,
+)
 from mask2dit_jax.data.sources import Clip, Group, Scan
+from mask2dit_jax.io.content import file_state
 
 SETTINGS = LatentSettings(
     SftSampling(9, 1, 3), size=(32, 48), variants=2, seed=5, max_tokens=4, encoders="abc", compute_dtype="float32"
@@ -66,12 +78,35 @@ def test_other_captions_of_one_video_are_other_clips(clip):
     assert clip_key(clip) == clip_key(dataclasses.replace(clip, path=clip.path.parent / "moved.mp4"))
 
 
-def test_a_replaced_video_has_another_stamp(clip):
-    before = source_stamp(clip)
-    clip.path.write_bytes(b"another video")
-    assert source_stamp(clip) != before
+def test_a_video_is_known_by_its_content(clip):
+    described = describe_source(clip)
+    assert described["source"] == hashlib.sha256(clip.path.read_bytes()).hexdigest()
+    os.utime(clip.path, (1, 1))  # copied, or touched
+    assert is_source(clip, described)
+    size = clip.path.stat().st_size
+    clip.path.write_bytes(b"x" * size)
+    os.utime(clip.path, (1, 1))
+    assert not is_source(clip, described)
     clip.path.unlink()
-    assert source_stamp(clip) == "missing"
+    assert not is_source(clip, described)
+    assert describe_source(clip) == {"state": "", "source": "missing"}
+    assert is_source(clip, describe_source(clip))
+
+
+def test_a_video_that_stays_is_not_read_again(clip, monkeypatch):
+    described = describe_source(clip)
+    monkeypatch.setattr(latents, "file_hash", None)
+    assert is_source(clip, described)
+
+
+def test_an_older_data_set_knows_a_video_by_size_and_time(clip, monkeypatch):
+    monkeypatch.setattr(latents, "file_hash", lambda path: "not asked for")
+    status = clip.path.stat()
+    described = {"source": f"{status.st_size} bytes, modified {status.st_mtime_ns}"}
+    assert described["source"] == dated_stamp(file_state(clip.path))
+    assert is_source(clip, described)
+    os.utime(clip.path, (1, 1))
+    assert not is_source(clip, described)
 
 
 def test_starts_depend_on_seed_clip_and_variant_only(clip):

@@ -1,6 +1,7 @@
 """The folder of a story: that nothing in it is replaced unsaid or too early, and that it may be in a bucket."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -102,6 +103,25 @@ def test_what_is_asked_of_a_finished_story_reads_no_latents(finished, monkeypatc
     assert set(names) == {"fingerprint"}
     assert all(folder.is_shown(number) for number in range(4))
     folder.finish()
-    assert set(names) == {"fingerprint", "display", "frames", "statistics"}
+    assert set(names) == {"fingerprint", "display", "frames", "statistics", "video"}
     assert folder.scenes[0].shape == (2, 2, 4, 3)
     assert names.count("latents") == 1
+
+
+def test_the_video_of_another_scene_is_not_taken_for_this_one(finished):
+    """Videos of one size, length and date, as when somebody has renamed them."""
+    first, second = finished / "scene_01.mp4", finished / "scene_02.mp4"
+    before = first.stat()
+    first.write_bytes(second.read_bytes())
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+    folder = folder_of(finished)
+    assert [folder.is_shown(number) for number in range(4)] == [False, True, True, True]
+
+
+def test_a_story_of_an_older_version_is_finished(finished):
+    """Its scenes do not say which video was made."""
+    path = finished / "latents" / "scene_01.npz"
+    with np.load(path) as stored:
+        arrays = {name: stored[name] for name in stored.files if name != "video"}
+    np.savez(path, **arrays)
+    assert folder_of(finished).is_shown(0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def test_latents_come_back_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(store[1], LATENTS)
     assert store[1].dtype == np.float32
     shown = Shown(np.zeros((2, 3, 4, 3), np.uint8), {"mean": 0.5})
-    store.show(1, "as it is", shown)
+    store.show(1, "as it is", shown, "abc")
+    assert store.video_hash(1) == "abc"
     assert store.shown(1, "as it is").statistics == {"mean": 0.5}
     assert store.shown(1, "otherwise") is None
     np.testing.assert_array_equal(store[1], LATENTS)
@@ -60,7 +62,7 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
     ):
         store[1] = LATENTS
     with pytest.raises(UserError, match="No space left"):
-        store.show(0, "", Shown(np.zeros((1, 2, 2, 3), np.uint8), {}))
+        store.show(0, "", Shown(np.zeros((1, 2, 2, 3), np.uint8), {}), "")
     np.testing.assert_array_equal(store[0], LATENTS)
     assert list(store) == [0]
 
@@ -140,3 +142,17 @@ def test_latents_that_are_damaged_are_one_line(tmp_path):
     assert 0 in store
     with pytest.raises(UserError, match=r"scene_01.npz is damaged; delete it, and the scene is made again"):
         store[0]
+
+
+def test_a_given_clip_that_is_replaced_keeping_size_and_date_makes_another_story(tmp_path):
+    path = tmp_path / "clip.mp4"
+    plan = make_plan((Scene("a", given=str(path)), *SCENES))
+    found = []
+    for pixels in (b"one", b"two"):
+        path.write_bytes(pixels)
+        os.utime(path, (1, 1))
+        found.append(fingerprints(plan, {}, {}))
+    assert found[0] != found[1]
+    copy = tmp_path / "moved.mp4"
+    copy.write_bytes(b"two")
+    assert fingerprints(make_plan((Scene("a", given=str(copy)), *SCENES)), {}, {}) == found[1]

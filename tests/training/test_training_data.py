@@ -21,6 +21,7 @@ from mask2dit_jax.data.sources import Group, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import FileLock
 from mask2dit_jax.io.paths import ASSETS
+from mask2dit_jax.pretrained.former_fingerprint import former_fingerprint
 from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.training import setup, training_data
 from mask2dit_jax.training.training_data import open_training_data
@@ -151,6 +152,36 @@ def test_latents_of_other_encoders_are_refused(folder, tmp_path):
     config = dataclasses.replace(config, pretrained=str(other))
     with pytest.raises(UserError, match=r"made with encoders [0-9a-f]{16}, not [0-9a-f]{16}; set"):
         open_data(config)
+
+
+def test_files_that_the_encoders_do_not_read_change_nothing(folder, tmp_path, monkeypatch):
+    """The same data set serves a run on latents, a second build_data and a run on videos."""
+    other = shutil.copytree(TINY, tmp_path / "other")
+    for name in ("vae", "text_encoder", "tokenizer"):
+        for stray in (".DS_Store", "Thumbs.db", ".config.json.swp"):
+            (other / name / stray).write_text("stray")
+    cached = configure("sft", folder / "sft.json", cache=str(tmp_path / "cache"))
+    open_data(cached)
+    monkeypatch.setattr(training_data, "load_encoders", None)
+    open_data(dataclasses.replace(cached, pretrained=str(other)))
+    config = dataclasses.replace(configure("sft", folder / "sft_latents"), pretrained=str(other))
+    open_data(config)
+    build_data.encode(config, str(folder / "sft.json"), str(folder / "sft_latents"))
+
+
+def test_what_older_versions_encoded_is_still_good(folder, tmp_path, monkeypatch):
+    """They hashed sizes and ends of all files, so their data sets name other encoders."""
+    former = former_fingerprint(TINY, ("vae", "text_encoder", "tokenizer"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretrained, "fingerprint", lambda *_: former)
+        config = configure("sft", "")
+        build_data.encode(config, str(folder / "sft.json"), str(tmp_path / "latents"))
+        cached = configure("sft", folder / "sft.json", cache=str(tmp_path / "cache"))
+        open_data(cached)
+    monkeypatch.setattr(training_data, "load_encoders", None)
+    open_data(configure("sft", tmp_path / "latents"))
+    build_data.encode(config, str(folder / "sft.json"), str(tmp_path / "latents"))
+    open_data(cached)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -7,11 +7,11 @@ import sys
 import jax
 import pytest
 
-from mask2dit_jax.io.user_cache import keep_compiled_programs
+from mask2dit_jax.io.compiled_programs import keep_compiled_programs
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from mask2dit_jax.io.user_cache import keep_compiled_programs
+from mask2dit_jax.io.compiled_programs import keep_compiled_programs
 keep_compiled_programs()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 hits = []
