@@ -47,8 +47,10 @@ class VideoInfo:
 
     @property
     def duration(self) -> float:
-        """Duration in seconds."""
-        return float(self.num_frames / self.fps)
+        """Duration in seconds; at a varying rate the last frame counts as long as the one before it."""
+        if self.is_steady:
+            return float(self.num_frames / self.fps)
+        return 2 * self.times[-1] - self.times[-2]
 
     @property
     def is_steady(self) -> bool:
@@ -79,12 +81,11 @@ def probe(path: str | Path, all_frames: bool = False) -> VideoInfo:
     times, rate = _packet_times(path)
     if all_frames or times is None:
         times = [frame.seconds for frame in _decoded(path)]
-    span = times[-1] - times[0] if times else 0
-    rate = rate or (Fraction((len(times) - 1) / span).limit_denominator(1001) if span > 0 else None)
+    if rate and times != sorted(times):  # parts were joined without new time stamps
+        times = [float(number / rate) for number in range(len(times))]
+    rate = _average_rate(times, rate)
     if not rate:
         raise UserError(f"{path}: has no moving picture; {_REMEDY}")
-    if times != sorted(times):  # parts were joined without new time stamps
-        times = [float(number / rate) for number in range(len(times))]
     height, width, _ = read_frames(path, [0])[0].shape
     return VideoInfo(len(times), width, height, rate, tuple(time - times[0] for time in times))
 
@@ -169,6 +170,14 @@ def _packet_times(path: str | Path) -> tuple[list[float] | None, Fraction | None
     if repeats and len(repeats) == len(times):
         times = [times[0] + float(slot / rate) for slot in range(num_frames)]
     return times, rate
+
+
+def _average_rate(times: Sequence[float], stated: Fraction | None) -> Fraction | None:
+    """Return the rate that the file states, unless the time stamps tell another: some files state the highest."""
+    span, intervals = times[-1] - times[0] if times else 0, len(times) - 1
+    if span <= 0 or (stated and abs(span * stated - intervals) <= max(1, intervals / 50)):
+        return stated if times else None
+    return Fraction(intervals / span).limit_denominator(1001)
 
 
 def _decoded(path: str | Path) -> Iterator[_Frame]:

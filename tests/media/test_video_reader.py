@@ -358,6 +358,9 @@ def test_times_are_those_of_the_time_stamps(tmp_path):
     info = probe(tmp_path / "uneven.mp4")
     np.testing.assert_allclose(info.times, (times - times[0]) / 1000, atol=1e-3)
     assert not info.is_steady
+    write_packets(tmp_path / "uneven.mkv", numbered_frames(20), times=times)  # Matroska states 25 frames a second
+    rates = [float(info.fps), float(probe(tmp_path / "uneven.mkv").fps)]
+    np.testing.assert_allclose(rates, 10, rtol=0.1)
     write_packets(tmp_path / "even.mkv", numbered_frames(20), format="matroska")
     assert probe(tmp_path / "even.mkv").is_steady
 
