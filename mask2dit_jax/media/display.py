@@ -47,6 +47,11 @@ def shown_picture(frame: av.VideoFrame, pixel_aspect: Fraction | None = None) ->
     return np.ascontiguousarray(_oriented(picture, frame))
 
 
+def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """Return the width and height of a frame as it is turned, in pixels that may be oblong."""
+    return (frame.height, frame.width) if _is_on_its_side(frame) else (frame.width, frame.height)
+
+
 def check_colours(frame: av.VideoFrame) -> None:
     """Raise NotShown if the frame is HDR or has colours beyond BT.709: taken as SDR, it would be grey and flat."""
     for field, names in _WIDE.items():
@@ -97,14 +102,19 @@ def _square(picture: UInt8[np.ndarray, "h w 3"], aspect: Fraction) -> UInt8[np.n
 
 
 def _oriented(picture: UInt8[np.ndarray, "h w 3"], frame: av.VideoFrame) -> UInt8[np.ndarray, "_h _w 3"]:
-    """Apply the display matrix, which sends (x, y) to (a x + c y, b x + d y); a negative determinant mirrors."""
     a, b, c, d = _display_matrix(frame)
-    if abs(a) + abs(d) < abs(b) + abs(c):
+    if _is_on_its_side(frame):
         picture, a, d = picture.transpose(1, 0, 2), c, b
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
+def _is_on_its_side(frame: av.VideoFrame) -> bool:
+    a, b, c, d = _display_matrix(frame)
+    return abs(a) + abs(d) < abs(b) + abs(c)
+
+
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """Return the matrix that sends (x, y) to (a x + c y, b x + d y); a negative determinant mirrors."""
     for data in frame.side_data:
         if data.type == SideData.DISPLAYMATRIX:
             a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()

@@ -15,7 +15,7 @@ from av.stream import Disposition
 from jaxtyping import UInt8
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.media.display import NotShown, check_colours, shown_picture
+from mask2dit_jax.media.display import NotShown, check_colours, shown_picture, upright_size
 from mask2dit_jax.media.pictures import is_animation, read_animation
 
 _REMEDY = "replace the file or remove it from the data"
@@ -231,7 +231,7 @@ def _checked_size(frame: av.VideoFrame, size: tuple[int, int] | None, number: in
     if frame.is_corrupt:
         raise NotShown(f"damaged, as of frame {number}; {_REMEDY}")
     check_colours(frame)
-    shown = frame.width, frame.height
+    shown = upright_size(frame)
     if size not in (None, shown):
         raise NotShown(
             f"the picture changes its size at frame {number}, from {size[0]} x {size[1]} to {shown[0]} x {shown[1]}; "

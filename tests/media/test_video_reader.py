@@ -286,6 +286,21 @@ def test_a_size_that_changes_in_a_transport_stream(tmp_path):
     assert frame_numbers(read_frames(path, [0, 19])) == [0, 19]
 
 
+def test_a_turn_within_a_clip_changes_its_size_too(tmp_path):
+    write_packets(tmp_path / "plain.ts", numbered_frames(20))
+    with av.open(str(tmp_path / "plain.ts")) as source, av.open(str(tmp_path / "turned.ts"), "w") as container:
+        copy = container.add_stream_from_template(source.streams.video[0])
+        turn = av.BitStreamFilterContext(
+            "h264_metadata=display_orientation=insert:rotate=90", source.streams.video[0], copy
+        )
+        for packet in source.demux(video=0):
+            for turned in turn.filter(packet if packet.size else None):
+                turned.stream = copy
+                container.mux(turned)
+    # FFmpeg turns the key frame alone, which holds the message.
+    assert_refused(tmp_path / "turned.ts", "the picture changes its size at frame 1, from 32 x 48 to 48 x 32")
+
+
 @pytest.mark.parametrize(("codec", "name"), [("libvpx", "a.webm"), ("libvpx-vp9", "a.webm"), ("libx264", "a.mkv")])
 def test_a_size_that_changes_in_a_file(tmp_path, codec, name):
     path = tmp_path / name
