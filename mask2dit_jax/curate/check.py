@@ -29,18 +29,22 @@ class Checked:
     num_groups: int | None
 
 
-def check_clips(scan: Scan, sampling: PretrainSampling | SftSampling, num_scenes: int) -> Checked:
-    """Look into every video by the rules of training; only a first frame is decoded, and nothing is written.
+def check_clips(
+    scan: Scan, sampling: PretrainSampling | SftSampling, num_scenes: int, all_frames: bool = False
+) -> Checked:
+    """Look into every video by the rules of training; nothing is written.
 
     Args:
         scan: the data file.
         sampling: rule for which frames are taken.
         num_scenes: scenes of a training sample; a group counts if so many shots in a row are usable.
+        all_frames: whether every frame is decoded, as in encoding. Otherwise it is key frames where these tell the
+            number of frames and their size, and damage between them is not seen.
     """
 
     def fault(clip: Clip) -> str | None:
         try:
-            frame_choices(clip, sampling)
+            frame_choices(clip, sampling, all_frames)
         except UserError as error:
             return printable(str(error))
         return None

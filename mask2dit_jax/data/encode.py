@@ -55,7 +55,8 @@ def encode_clip(clip: Clip, settings: LatentSettings, encoders: Encoders) -> Enc
     Raises:
         UserError: the video cannot be read or is too short, or a frame cannot be decoded.
     """
-    choices = frame_choices(clip, settings.sampling)
+    # A damaged clip is left out, whatever part of it would be drawn, just as build_data --check_all_frames says.
+    choices = frame_choices(clip, settings.sampling, all_frames=settings.variants > 0)
     starts = [settings.start(clip, variant, choices) for variant in range(settings.variants)]
     # One variant at a time, because a clip's frames at full size are large.
     moments = [encoders.video(scale_pixels(_pixels(clip, settings, choices, start))) for start in starts]
@@ -134,4 +135,9 @@ class FreshScenes:
 
 
 def _pixels(clip: Clip, settings: LatentSettings, choices: FrameChoices, start: int) -> UInt8[np.ndarray, "f h w 3"]:
-    return crop_frames(read_frames(clip.path, choices.indices(start)), settings.size)
+    frames = read_frames(clip.path, choices.indices(start))
+    try:
+        return crop_frames(frames, settings.size)
+    except (ValueError, MemoryError) as error:  # Pillow's words for a picture of absurd proportions
+        height, width = frames.shape[1:3]
+        raise UserError(f"{clip.path}: its {width} x {height} pixels cannot be resized ({error}); remove it") from error

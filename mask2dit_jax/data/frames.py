@@ -107,13 +107,18 @@ class PretrainSampling:
         return FrameChoices(count, self.stride, starts)
 
 
-def frame_choices(clip: Clip, sampling: PretrainSampling | SftSampling) -> FrameChoices:
+def frame_choices(clip: Clip, sampling: PretrainSampling | SftSampling, all_frames: bool = False) -> FrameChoices:
     """Return which frames of the clip training may take, by the number of frames that its video really holds.
+
+    Args:
+        clip: the clip.
+        sampling: the rule; its strides count frames whatever their times are, as in the authors' code.
+        all_frames: whether to decode every frame, so that damage between key frames is found too.
 
     Raises:
         UserError: the video cannot be read, or is too short (TooShort).
     """
-    num_frames = probe(clip.path).num_frames
+    num_frames = probe(clip.path, all_frames).num_frames
     if num_frames != clip.num_frames:
         logging.warning("%s holds %d frames, the data file says %d", clip.path, num_frames, clip.num_frames)
     return sampling.choices(num_frames)

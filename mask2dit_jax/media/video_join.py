@@ -24,7 +24,10 @@ def join_videos(path: str | os.PathLike, parts: Sequence[str | os.PathLike]) -> 
         UserError: A part is damaged or encoded differently from the first, or `path` cannot be written.
     """
     delay = max(_delay(part) for part in parts)
-    with atomic_output(path) as local, av.open(local, "w", format="mp4", options={"movflags": "+faststart"}) as whole:
+    with (
+        atomic_output(path) as local,
+        av.open(f"file:{local}", "w", format="mp4", options={"movflags": "+faststart"}) as whole,
+    ):
         stream, header, start, number = None, None, 0, 0
         for part in parts:
             with _open(part) as container:

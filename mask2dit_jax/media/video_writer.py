@@ -44,7 +44,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[UInt8[np.ndarray, "h w
     padding = ((0, first.shape[0] % 2), (0, first.shape[1] % 2), (0, 0))
     with (
         atomic_output(path) as local,
-        av.open(local, "w", format="mp4", options={"movflags": "+faststart"}) as container,
+        av.open(f"file:{local}", "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         stream = container.add_stream(CODEC, rate=Fraction(fps).limit_denominator(1001), options=ENCODER)
         stream.height, stream.width = (side + side % 2 for side in first.shape[:2])

@@ -26,7 +26,8 @@ import yaml
 from absl import logging
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.story.story import LONGEST_SCENE, Actors, Scene, Story, is_picture
+from mask2dit_jax.media.pictures import is_picture
+from mask2dit_jax.story.story import LONGEST_SCENE, Actors, Scene, Story
 
 STORY_KEYS = ("title", "style", "negative", "actors", "scenes")
 SCENE_KEYS = ("prompt", "negative", "seconds", "given", "start")

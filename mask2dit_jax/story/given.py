@@ -5,26 +5,24 @@ scenes of one length, with consecutive positions, and it has seen still shots, s
 asks for a single frame with `seconds: 0.1`.
 """
 
+import bisect
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float32
-from PIL import ExifTags, Image
 
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.media.pictures import is_picture, read_picture
 from mask2dit_jax.media.transforms import fit_frames, resized_shape
-from mask2dit_jax.media.video_reader import VideoInfo, probe, read_frames
-from mask2dit_jax.story.story import Scene, is_picture
+from mask2dit_jax.media.video_reader import VideoInfo, check_frames, probe, read_frames
+from mask2dit_jax.story.story import Scene
 
 _MUCH = 0.4  # share of a picture that may be cropped without a warning
-_TURNS = {  # by EXIF's orientation
-    **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
-    **{5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE},
-    8: Image.Transpose.ROTATE_90,
-}
 _LONG = 0.5  # seconds of a clip that may be left out without a warning
 _FAST = 0.05  # relative change of a clip's speed that is allowed without a warning
+_TICK = 1e-3  # seconds; to such multiples Matroska rounds its time stamps
 
 
 def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]) -> None:
@@ -41,15 +39,10 @@ def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int
     """
     path = scene.given
     if is_picture(path):
-        return _warn_of_loss(path, _read_picture(path).shape[:2], size)
+        return _warn_of_loss(path, read_picture(path).shape[:2], size)
     info = probe(path)
     used = _frames(scene, info, num_frames, fps)
-    if info.num_frames < used.stop:
-        raise UserError(
-            f"{path}: {info.num_frames} frames are too few; {num_frames} frames at {fps:g} a second"
-            f"{f' from second {scene.start:g} on' if scene.start else ''} need {used.stop} of its "
-            f"{float(info.fps):g} a second; give a longer clip, fewer `seconds` or num_frames, or a picture"
-        )
+    check_frames(path, used[-1] + 1)
     _warn_of_length(path, info, used, fps)
     return _warn_of_loss(path, (info.height, info.width), size)
 
@@ -70,51 +63,45 @@ def read_given(
     """
     path = scene.given
     if is_picture(path):
-        return np.repeat(fit_frames(_read_picture(path)[None], size), num_frames, axis=0)
+        return np.repeat(fit_frames(read_picture(path)[None], size), num_frames, axis=0)
     return fit_frames(read_frames(path, _frames(scene, probe(path), num_frames, fps)), size)
 
 
-def _frames(scene: Scene, info: VideoInfo, num_frames: int, fps: int | float) -> range:
-    """Return which frames of the clip are the scene: evenly spaced ones, as in training."""
-    start, stride = round(scene.start * info.fps), max(1, round(info.fps / fps))
-    return range(start, start + (num_frames - 1) * stride + 1, stride)
+def _frames(scene: Scene, info: VideoInfo, num_frames: int, fps: int | float) -> Sequence[int]:
+    """Return which frames of the clip are the scene.
+
+    At a steady rate these are evenly spaced ones, as in training, so that motion is even, if not of quite the right
+    speed. At a varying rate these are what a player shows at each moment, by the time stamps.
+
+    Raises:
+        UserError: The clip is too short.
+    """
+    first, stride = round(scene.start * info.fps), max(1, round(info.fps / fps))
+    steady = range(first, first + (num_frames - 1) * stride + 1, stride)
+    moments = [scene.start + number / fps for number in range(num_frames)]
+    if info.is_steady:
+        needed, fits = f"{steady.stop} of its {float(info.fps):g} a second", steady.stop <= info.num_frames
+    else:
+        needed, fits = f"{moments[-1]:.1f} of its {info.duration:.1f} s", moments[-1] < info.duration
+    if not fits:
+        raise UserError(
+            f"{scene.given}: {info.num_frames} frames are too few; {num_frames} frames at {fps:g} a second"
+            f"{f' from second {scene.start:g} on' if scene.start else ''} need {needed}; "
+            "give a longer clip, fewer `seconds` or num_frames, or a picture"
+        )
+    return steady if info.is_steady else [bisect.bisect_right(info.times, moment + _TICK) - 1 for moment in moments]
 
 
-def _read_picture(path: str) -> np.ndarray:
-    """Read a picture upright, with 8 bits, and on white where it is transparent."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(_plain(_upright(image)))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; correct the path of the given scene") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's words for damage
-        raise UserError(f"{path}: damaged or not a picture; give a png, jpg or webp file") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever is wrong with the EXIF, the pixels are fine
-        return image
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def _warn_of_length(path: str, info: VideoInfo, used: range, fps: int | float) -> None:
-    left_out = float((info.num_frames - used.stop) / info.fps)
-    if not used.start and left_out > _LONG:
+def _warn_of_length(path: str, info: VideoInfo, used: Sequence[int], fps: int | float) -> None:
+    """Warn of what is left out, and of another speed, which only a clip of a steady rate can have."""
+    shown = info.times[used[-1]] + float(1 / info.fps) if info.is_steady else info.times[used[0]] + len(used) / fps
+    left_out = info.duration - shown
+    if not used[0] and left_out > _LONG:
         logging.warning(
             "%s: the first %.1f s of its %.1f s are the scene; `start: %.1f` in a story file takes the last",
             *(path, info.duration - left_out, info.duration, math.floor(10 * left_out) / 10),
         )
-    speed = fps * used.step / float(info.fps)
+    speed = fps * used.step / float(info.fps) if info.is_steady else 1.0
     if abs(speed - 1) > _FAST:
         logging.warning(
             "%s: %.4g frames a second become %g, so that it is %.2f times as fast; give it %g or a multiple",

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.media.pictures import is_picture
 from mask2dit_jax.pretrained.tokenizer import Cut
-from mask2dit_jax.story.story import Story, is_picture
+from mask2dit_jax.story.story import Story
 from mask2dit_jax.story.windows import Window, plan_windows
 
 

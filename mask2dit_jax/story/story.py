@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from mask2dit_jax.errors import UserError
 
@@ -139,8 +138,3 @@ class Actors:
     def _pattern(self) -> re.Pattern:
         names = sorted(self.looks, key=len, reverse=True)  # "Old Fox" before "Fox"
         return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?!\w)")
-
-
-def is_picture(path: str) -> bool:
-    """Return whether a given scene is a still picture; any other file is read as a video."""
-    return Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -1,7 +1,15 @@
+from pathlib import Path
+
+import numpy as np
+
 from mask2dit_jax.curate.check import check_clips
+from mask2dit_jax.data.encode import Encoders, encode_clip
 from mask2dit_jax.data.frames import PretrainSampling, SftSampling
-from mask2dit_jax.data.sources import Group, Scan
+from mask2dit_jax.data.latents import LatentSettings
+from mask2dit_jax.data.sources import Clip, Group, Scan
+from mask2dit_jax.errors import UserError
 from tests.data.clips import make_clip
+from tests.data.odd_clips import write_clips
 
 
 def test_every_fault_is_named_and_groups_are_counted(tmp_path):
@@ -25,3 +33,28 @@ def test_the_rule_is_that_of_the_stage(tmp_path):
     checked = check_clips(Scan(clips, None, {}), PretrainSampling(9, stride=3), 1)
     assert "its middle (5% to 95%) holds 6 of 9 frames" in checked.faults["a.mp4"]
     assert checked.num_groups is None
+
+
+def test_what_a_full_check_passes_is_what_encoding_takes(tmp_path):
+    """A flipped bit between key frames is all that the quick check does not see."""
+    rows = write_clips(tmp_path)
+    flipped = Path(__file__).parents[1] / "media/one_bit_flipped.mp4"
+    names = [*(row.name for row in rows if (tmp_path / row.name).is_file()), str(flipped)]
+    clips = tuple(Clip(name, tmp_path / name, "a", 20, 25.0, 48, 32) for name in dict.fromkeys(names))
+    settings = LatentSettings(
+        SftSampling(9), size=(16, 16), variants=2, seed=0, max_tokens=4, encoders="stub", compute_dtype="float32"
+    )
+    encoders = Encoders(lambda pixels: (pixels, pixels), lambda captions: np.zeros((len(captions), 4, 8), np.float32))
+
+    def encodes(clip: Clip) -> bool:
+        try:
+            encode_clip(clip, settings, encoders)
+        except UserError:
+            return False
+        return True
+
+    encoded = {clip.name for clip in clips if encodes(clip)}
+    full, quick = (check_clips(Scan(clips, None, {}), settings.sampling, 1, all_frames) for all_frames in (True, False))
+    assert {clip.name for clip in full.usable} == encoded
+    assert {clip.name for clip in quick.usable} == encoded | {str(flipped)}
+    assert "damaged, as of frame 16" in full.faults[str(flipped)]

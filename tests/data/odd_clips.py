@@ -29,13 +29,17 @@ class Row:
         return ",".join(fields[column] for column in CSV_COLUMNS) + "\n"
 
 
-def write_packets(path: Path, frames: np.ndarray, times=None, pixels="yuv420p", rotation=0, format=None) -> None:
-    """Encodes frames with what `write_video` does not offer: times of their own, full chroma, a rotation."""
+def write_packets(
+    path: Path, frames: np.ndarray, times=None, pixels="yuv420p", rotation=0, format=None, **tags
+) -> None:
+    """Encodes frames with what `write_video` does not offer: times, full chroma, a rotation, colour tags."""
     with av.open(str(path), "w", format=format) as container:
         stream = container.add_stream("libx264", rate=25, options={"crf": "10"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         if rotation:
             stream.set_display_rotation(rotation)
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for number, frame in enumerate(frames):
@@ -53,6 +57,16 @@ def write_sound(path: Path) -> None:
         frame.sample_rate = 44100
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def _transport_stream(folder: Path, frames: np.ndarray) -> bytes:
+    write_packets(folder / "part.ts", frames)
+    return (folder / "part.ts").read_bytes()
+
+
+def _noise() -> np.ndarray:
+    """Frames that fill many packets."""
+    return np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3)).astype(np.uint8)
 
 
 def uneven_times(count: int) -> np.ndarray:
@@ -74,6 +88,10 @@ def write_clips(folder: Path) -> list[Row]:
     write_sound(folder / "sound.mp4")
     write_packets(folder / "late.mp4", frames)  # its index comes last
     late = (folder / "late.mp4").read_bytes()
+    write_packets(folder / "hdr.mp4", frames, pixels="yuv420p10le", color_trc=16, color_primaries=9, colorspace=9)
+    small, large, noise = (
+        _transport_stream(folder, frames) for frames in (frames, numbered_frames(20, 64, 96), _noise())
+    )
     unusable = [
         Row(put("cut.mp4", plain[0][: len(plain[0]) * 2 // 3]), "truncated", "a"),
         Row(put("late.mp4", late[:-200]), "truncated", "b"),
@@ -83,6 +101,9 @@ def write_clips(folder: Path) -> list[Row]:
         Row("sound.mp4", "has no video stream", "f"),
         Row("short.mp4", "a clip of 4 frames is too short", "g"),
         Row("gone.mp4", "no video at", "h"),
+        Row("hdr.mp4", "is HDR or of a wide gamut (PQ)", "j"),
+        Row(put("resize.ts", small + large), "the picture changes its size at frame 20", "k"),
+        Row(put("lost.ts", noise[: 188 * 100] + noise[188 * 110 :]), "damaged, data is missing", "l"),
         Row(put("silent.mp4", plain[0]), "the caption is empty", ""),
         Row(put("blank.mp4", plain[0]), "the caption is empty", "   "),
         Row(put("latin.mp4", plain[0]), "the caption is not UTF-8", os.fsdecode(b"un caf\xe9")),
@@ -101,6 +122,8 @@ def write_clips(folder: Path) -> list[Row]:
         Row(put("novel.mp4", plain[0]), caption="word " * 9_999 + "end"),
         Row(put(os.fsdecode(b"caf\xe9.mp4"), plain[1])),
         Row(put("汉字 clip.mp4", plain[2])),
+        Row(put("Scene: one.mp4", plain[0])),
+        Row(put("joined.ts", small * 2), num_frame="40"),
     ]
     return unusable + usable
 

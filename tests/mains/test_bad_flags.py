@@ -145,6 +145,7 @@ def test_sample_refuses_what_it_cannot_make(commands, pretrain_workdir, tmp_path
         ("build_data", ["--output=setup.py/new"], ["cannot write setup.py/new", "choose a writable output"]),
         ("build_data", ["--check=a.csv"], ["--config must be given with --check"]),
         ("build_data", ["--encode=a.csv", f"--config={TRAIN}"], ["--output must be given"]),
+        ("build_data", ["--check_all_frames", "--output=a"], ["--check_all_frames goes with --check"]),
         ("build_data", ["--encode=a.csv", "--check=a.csv"], ["--check and --encode are two steps"]),
         ("build_data", ["--check=a.csv", f"--config={SAMPLE}"], ["of kind 'sample'", "build_data takes"]),
         ("build_data", ["--check=nowhere.csv", f"--config={TRAIN}"], ["nowhere.csv: cannot be read"]),

@@ -1,13 +1,14 @@
 """Tests that frames are read exactly, and that every kind of bad file is named."""
 
 import os
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.media.video_reader import iter_frames, probe, read_frames
+from mask2dit_jax.media.video_reader import check_frames, iter_frames, probe, read_frames
 from mask2dit_jax.media.video_writer import write_video
 from tests.data.clips import frame_numbers, make_clip, numbered_frames
 from tests.data.odd_clips import uneven_times, write_packets
@@ -172,3 +173,217 @@ def test_messages_are_one_line(tmp_path):
     with pytest.raises(UserError) as error:
         probe(tmp_path / "x.mp4")
     assert "\n" not in str(error.value)
+
+
+def encode(container, stream, frames, times=None):
+    for number, frame in enumerate(frames):
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))
+        if times is not None:
+            picture.pts = times[number]
+        container.mux(stream.encode(picture))
+    container.mux(stream.encode(None))
+
+
+def agreed_count(path):
+    """The count of a probe, fast or not, which must be that of decoding."""
+    counts = {probe(path).num_frames, probe(path, all_frames=True).num_frames, sum(1 for _ in iter_frames(path))}
+    assert len(counts) == 1
+    return counts.pop()
+
+
+def assert_refused(path, reason, all_frames=False):
+    """What a probe refuses, decoding refuses with the same words."""
+    for read in (lambda path: probe(path, all_frames), check_frames, lambda path: list(iter_frames(path))):
+        with pytest.raises(UserError, match=rf"{path.name}: .*{reason}"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["Scene: one.mp4", "http:a.mp4", "concat:a|b.mp4", "-i.mp4"])
+def test_a_name_that_looks_like_an_address_or_a_flag_is_a_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_video(name, numbered_frames(5), 25)
+    assert agreed_count(name) == 5
+    Path("out: 1").mkdir()
+    write_video("out: 1/a.mp4", numbered_frames(3), 25)
+    assert agreed_count("out: 1/a.mp4") == 3
+
+
+def test_a_file_that_refers_to_the_network_reads_nothing(tmp_path):
+    path = tmp_path / "list.mp4"
+    path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://localhost:1/a.ts\n#EXT-X-ENDLIST\n")
+    with pytest.raises(UserError, match=r"list.mp4: "):
+        probe(path)
+
+
+@pytest.mark.parametrize("default", ["still", "moving"])
+def test_the_moving_track_is_read(tmp_path, default):
+    path = tmp_path / "thumbnail.mkv"
+    with av.open(str(path), "w") as container:
+        still = container.add_stream("mjpeg", rate=1)
+        still.height, still.width, still.pix_fmt = 24, 32, "yuvj420p"
+        moving = container.add_stream("libx264", rate=25)
+        moving.height, moving.width, moving.pix_fmt = 32, 48, "yuv420p"
+        {"still": still, "moving": moving}[default].disposition = av.stream.Disposition.default
+        encode(container, still, numbered_frames(1, 24, 32))
+        encode(container, moving, numbered_frames(20))
+    assert agreed_count(path) == 20
+    assert probe(path).width == 48
+
+
+def test_a_cover_is_no_video(tmp_path):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 32, 48, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        encode(container, cover, numbered_frames(1))
+    with pytest.raises(UserError, match=r"song.mp4: has no moving picture"):
+        probe(path)
+
+
+def test_one_flipped_bit_is_found_where_all_is_decoded():
+    path = Path(__file__).parent / "one_bit_flipped.mp4"  # FFmpeg decodes all 60 frames, 44 of them wrong
+    assert probe(path).num_frames == 60
+    for _ in range(5):
+        assert_refused(path, "damaged, as of frame 16", all_frames=True)
+    assert len(read_frames(path, range(16))) == 16
+    check_frames(path, 16)
+
+
+@pytest.fixture
+def noise_ts(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3)).astype(np.uint8)
+    write_packets(tmp_path / "noise.ts", noise)
+    return (tmp_path / "noise.ts").read_bytes()
+
+
+@pytest.mark.parametrize("first", [50, 100, 200, 300])
+def test_lost_packets_are_found(tmp_path, noise_ts, first):
+    (tmp_path / "lost.ts").write_bytes(noise_ts[: 188 * first] + noise_ts[188 * (first + 10) :])
+    assert_refused(tmp_path / "lost.ts", "damaged")
+
+
+def test_a_truncated_transport_stream_is_found_every_time(tmp_path, noise_ts):
+    """With a thread a frame, FFmpeg forgets the flag of the last frame in two of five runs."""
+    (tmp_path / "cut.ts").write_bytes(noise_ts[: -188 * 5])
+    for _ in range(5):
+        assert_refused(tmp_path / "cut.ts", "damaged")
+
+
+def test_joined_transport_streams_are_whole(tmp_path, noise_ts):
+    (tmp_path / "joined.ts").write_bytes(noise_ts * 2)
+    assert agreed_count(tmp_path / "joined.ts") == 80
+    times = probe(tmp_path / "joined.ts").times
+    assert list(times) == sorted(times)
+
+
+def test_a_size_that_changes_in_a_transport_stream(tmp_path):
+    write_packets(tmp_path / "small.ts", numbered_frames(20))
+    write_packets(tmp_path / "large.ts", numbered_frames(20, 64, 96))
+    path = tmp_path / "resize.ts"
+    path.write_bytes((tmp_path / "small.ts").read_bytes() + (tmp_path / "large.ts").read_bytes())
+    assert_refused(path, "the picture changes its size at frame 20, from 48 x 32 to 96 x 64; cut the video there")
+    assert frame_numbers(read_frames(path, [0, 19])) == [0, 19]
+
+
+def test_a_turn_within_a_clip_changes_its_size_too(tmp_path):
+    write_packets(tmp_path / "plain.ts", numbered_frames(20))
+    with av.open(str(tmp_path / "plain.ts")) as source, av.open(str(tmp_path / "turned.ts"), "w") as container:
+        copy = container.add_stream_from_template(source.streams.video[0])
+        turn = av.BitStreamFilterContext(
+            "h264_metadata=display_orientation=insert:rotate=90", source.streams.video[0], copy
+        )
+        for packet in source.demux(video=0):
+            for turned in turn.filter(packet if packet.size else None):
+                turned.stream = copy
+                container.mux(turned)
+    # FFmpeg turns the key frame alone, which holds the message.
+    assert_refused(tmp_path / "turned.ts", "the picture changes its size at frame 1, from 32 x 48 to 48 x 32")
+
+
+@pytest.mark.parametrize(("codec", "name"), [("libvpx", "a.webm"), ("libvpx-vp9", "a.webm"), ("libx264", "a.mkv")])
+def test_a_size_that_changes_in_a_file(tmp_path, codec, name):
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        encode(container, stream, numbered_frames(10))
+        larger = av.CodecContext.create(codec, "w")
+        larger.height, larger.width, larger.pix_fmt = 64, 96, "yuv420p"
+        larger.time_base = stream.codec_context.time_base
+        packets = []
+        for number, frame in enumerate(numbered_frames(10, 64, 96)):
+            picture = av.VideoFrame.from_ndarray(frame).reformat(format="yuv420p")
+            picture.pts, picture.time_base = 10 + number, larger.time_base
+            packets += larger.encode(picture)
+        for packet in [*packets, *larger.encode(None)]:
+            packet.stream, packet.time_base = stream, larger.time_base
+            container.mux(packet)
+    assert_refused(path, "the picture changes its size at frame 10, from 48 x 32 to 96 x 64")
+
+
+@pytest.mark.parametrize("name", ["cut.ts", "cut.mkv"])
+def test_what_comes_before_the_first_key_frame_does_not_count(tmp_path, name):
+    whole = tmp_path / "whole.mkv"
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "15", "keyint_min": "15", "sc_threshold": "0"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        encode(container, stream, numbered_frames(45))
+    with av.open(str(whole)) as source, av.open(str(tmp_path / name), "w") as container:
+        copy = container.add_stream_from_template(source.streams.video[0])
+        for packet in [packet for packet in source.demux(video=0) if packet.size][5:]:
+            packet.stream = copy
+            container.mux(packet)
+    count = agreed_count(tmp_path / name)
+    assert count == 30
+    assert frame_numbers(read_frames(tmp_path / name, [0, count - 1])) == [15, 44]
+
+
+def test_frames_that_an_avi_leaves_out_are_repeated(tmp_path):
+    """FFmpeg writes an empty chunk for every moment that has no frame of its own, as capture programs do."""
+    path = tmp_path / "capture.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25, options={"qscale": "2"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        encode(container, stream, numbered_frames(50)[::10], times=[0, 1, 4, 6, 7])
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 8
+    assert agreed_count(path) == 8
+    assert frame_numbers(np.stack(list(iter_frames(path)))) == [0, 10, 10, 10, 20, 20, 30, 40]
+    np.testing.assert_allclose(probe(path).times, np.arange(8) / 25)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"00dc", 0, content.index(b"idx1"))])  # without the last frame
+    with pytest.raises(UserError, match=r"capture.avi: truncated, 7 of 8 frames are present"):
+        probe(path)
+
+
+def test_packets_that_show_nothing_do_not_count(tmp_path):
+    noise = np.cumsum(np.random.default_rng(0).integers(-5, 6, (60, 48, 64, 3)), axis=0) + 128
+    path = tmp_path / "hidden.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx", rate=25, options={"auto-alt-ref": "1", "lag-in-frames": "16"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        encode(container, stream, noise.clip(0, 255).astype(np.uint8))
+    assert agreed_count(path) == 60
+
+
+def test_times_are_those_of_the_time_stamps(tmp_path):
+    times = uneven_times(20)
+    write_packets(tmp_path / "uneven.mp4", numbered_frames(20), times=times)
+    info = probe(tmp_path / "uneven.mp4")
+    np.testing.assert_allclose(info.times, (times - times[0]) / 1000, atol=1e-3)
+    assert not info.is_steady
+    write_packets(tmp_path / "uneven.mkv", numbered_frames(20), times=times)  # Matroska states 25 frames a second
+    rates = [float(info.fps), float(probe(tmp_path / "uneven.mkv").fps)]
+    np.testing.assert_allclose(rates, 10, rtol=0.1)
+    write_packets(tmp_path / "even.mkv", numbered_frames(20), format="matroska")
+    assert probe(tmp_path / "even.mkv").is_steady
+
+
+def test_whatever_a_decoder_raises_names_the_file(clip, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("in a\ndecoder")
+
+    monkeypatch.setattr("mask2dit_jax.media.video_reader.shown_picture", fail)
+    with pytest.raises(UserError, match=r"clip.mp4: cannot be read \(ZeroDivisionError in a decoder\)"):
+        probe(clip)

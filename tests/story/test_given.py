@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from mask2dit_jax.errors import UserError
 from mask2dit_jax.media.video_writer import write_video
 from mask2dit_jax.story.given import check_given, read_given
 from mask2dit_jax.story.story import Scene
+from tests.data.odd_clips import write_packets
 
 SIZE = (16, 32)
 
@@ -108,3 +110,62 @@ def test_exif_that_cannot_be_read_costs_no_picture(tmp_path):
     exif[0x0112] = 6
     image.save(path, exif=b"Exif\x00\x00" + exif.tobytes()[6:14], lossless=True)
     np.testing.assert_array_equal(shown(path)[0, 0], (200, 100, 0))
+
+
+def brightness(frames) -> np.ndarray:
+    return (frames.mean((1, 2, 3)) + 1) * 127.5
+
+
+def varying_clip(folder, name="vfr.mp4"):
+    """Four seconds that grow lighter by 40 a second from 20: 30 frames in the first second, then 10 a second."""
+    times = np.concatenate([np.arange(30) / 30, 1 + np.arange(31) / 10])
+    levels = (20 + 40 * times).round().astype(np.uint8)
+    frames = np.broadcast_to(levels[:, None, None, None], (len(times), 32, 48, 3))
+    write_packets(folder / name, frames, times=(times * 1000).round().astype(int).tolist())
+    return folder / name
+
+
+@pytest.mark.parametrize("start", [0, 0.5, 2.0, 2.9])
+@pytest.mark.parametrize("name", ["vfr.mp4", "vfr.mkv"])
+def test_a_varying_rate_goes_by_time_stamps(tmp_path, caplog, name, start):
+    scene = Scene("a", given=str(varying_clip(tmp_path, name)), start=start)
+    check_given(scene, 9, 8, SIZE)
+    assert "times as fast" not in caplog.text
+    expected = 20 + 40 * (start + np.arange(9) / 8)
+    shown = brightness(read_given(scene, 9, 8, SIZE))
+    assert (shown < expected + 1.5).all()  # a frame stays for up to 0.1 s
+    assert (shown > expected - 4 - 1.5).all()
+
+
+def test_a_varying_rate_that_ends_too_early(tmp_path):
+    scene = Scene("a", given=str(varying_clip(tmp_path)), start=3.5)
+    with pytest.raises(UserError, match=r"9 frames at 8 a second from second 3.5 on need 4.5 of its 4.1 s"):
+        check_given(scene, 9, 8, SIZE)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_an_animation_goes_by_its_delays(tmp_path, caplog, name):
+    delays = [100, 400, 100, 300, 100, 100, 400]  # milliseconds
+    images = [Image.new("RGB", SIZE[::-1], (30 * number,) * 3) for number in range(7)]
+    images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=delays, loop=0)
+    scene = Scene("a", given=str(tmp_path / name), start=0.1)
+    check_given(scene, 9, 8, SIZE)
+    assert "times as fast" not in caplog.text
+    starts = np.cumsum([0, *delays[:-1]]) / 1000
+    moments = 0.1 + np.arange(9) / 8
+    expected = 30 * (np.searchsorted(starts, moments + 1e-3, "right") - 1)
+    np.testing.assert_allclose(brightness(read_given(scene, 9, 8, SIZE)), expected, atol=4)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "AVIF"])
+def test_a_picture_is_told_by_its_content(tmp_path, kind):
+    Image.new("RGB", SIZE[::-1], (200, 100, 0)).save(tmp_path / "picture.mp4", kind)
+    check_given(Scene("a", given=str(tmp_path / "picture.mp4")), 9, 8, SIZE)
+    np.testing.assert_allclose(shown(tmp_path / "picture.mp4")[0, 0], (200, 100, 0), atol=6)
+
+
+def test_a_damaged_frame_is_found_before_anything_is_made(caplog):
+    path = str(Path(__file__).parents[1] / "media/one_bit_flipped.mp4")
+    with pytest.raises(UserError, match=r"one_bit_flipped.mp4: damaged, as of frame 16"):
+        check_given(Scene("a", given=path), 9, 8, SIZE)
+    check_given(Scene("a", given=path), 5, 8, SIZE)  # frames 0 to 12
