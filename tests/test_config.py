@@ -40,6 +40,7 @@ def tiny_sft(**fields) -> TrainConfig:
         ({"scene_frames": ((9, 9, 17),)}, "scene_frames: 17 must be from 1 to num_frames=9"),
         ({"scene_frames": ((9, 9, 5),)}, "scene_frames: 5 is not of the form 8k .* nearest is 1"),
         ({"optimizer.decay_steps": 50}, "optimizer.decay_steps=50 must be more than optimizer.warmup_steps=50"),
+        ({"optimizer.clip_norm": -1.0}, "optimizer.clip_norm=-1.0 must be at least 0, which never clips"),
         ({"data.min_stride": 4}, "data.min_stride=4 is more than data.max_stride=3"),
         ({"remat": "some"}, "remat 'some' does not exist; choose one of none, full, attention, dots"),
         ({"compute_dtype": "float16"}, "compute_dtype 'float16' is not supported .*black video"),

@@ -16,9 +16,12 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return clipping by the global norm followed by AdamW."""
+    """Return clipping by the global norm, unless `clip_norm` is 0, followed by AdamW.
+
+    Both choices have a state of one structure, so that a run may resume with the other.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.adamw(
             learning_rate(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
         ),
