@@ -11,7 +11,8 @@ import collections
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from mask2dit_jax.config import TrainConfig, changes, read_config
+from mask2dit_jax.config import TrainConfig, changes, cosine_end, read_config
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.io import user_cache
 from mask2dit_jax.parallel import distributed
@@ -58,6 +59,8 @@ def main(argv):
     config.require("pretrained", "data.path")
     workdir = _WORKDIR.value or f"runs/{config.name}"
     logging.info("config:\n%s", _CONFIG.value)
+    for remark in config.remarks():
+        logging.warning("%s", remark)
     mesh = make_mesh(dataclasses.asdict(config.mesh), batch_size=config.samples_at_once)
 
     keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
@@ -81,7 +84,7 @@ def main(argv):
     if last < config.num_steps:
         logging.info("stopped: step %d, checkpoints in %s", last, workdir)
         sys.exit(EXIT_CODE)
-    logging.info("done: step %d, checkpoints in %s", config.num_steps, workdir)
+    logging.info("done: step %d, checkpoints in %s", last, workdir)
 
 
 def _run(
@@ -199,8 +202,7 @@ def _find_start(config: TrainConfig, pretrained: Pretrained, manager) -> tuple[s
     if (step := resume.set_aside_unreadable(manager)) is not None:
         logging.info("start: resuming step %d of %s", step, manager.directory)
         source = TransformerSource.require(manager.directory)
-        if changed := changes(stored_checkpoint.read_record(source.folder).get("config", {}), config):
-            logging.warning("resumed with other settings: %s", "; ".join(changed))
+        _log_changes(stored_checkpoint.read_record(source.folder).get("config", {}), config, step)
         return "resume", source
     if config.init_from:
         source = TransformerSource.require(config.init_from)
@@ -209,6 +211,22 @@ def _find_start(config: TrainConfig, pretrained: Pretrained, manager) -> tuple[s
     source = pretrained.find_transformer()
     logging.info("start: %s", f"pretrained weights of {source}" if source else "from scratch")
     return ("parameters", source) if source else ("scratch", None)
+
+
+def _log_changes(before: Mapping[str, Any], config: TrainConfig, step: int) -> None:
+    """Log what differs from the run that saved `step`, and what it does to the learning rate."""
+    if changed := changes(before, config):
+        logging.warning("resumed with other settings: %s", "; ".join(changed))
+    if step >= config.num_steps:
+        logging.warning("step %d is done and num_steps=%d: nothing is left to train", step, config.num_steps)
+        return
+    optimizer = config.scheduled_optimizer
+    if optimizer.schedule != "cosine" or not before:
+        return
+    end = cosine_end(before["num_steps"], before["optimizer"]["decay_steps"], before["optimizer"]["warmup_steps"])
+    if end != optimizer.decay_steps:
+        rate = float(learning_rate(optimizer)(step))
+        logging.warning("the cosine ends at step %d, not %d: it goes on at %.3g", optimizer.decay_steps, end, rate)
 
 
 def _start_state(program: TrainProgram, start: str, source: TransformerSource | None, manager) -> TrainState:

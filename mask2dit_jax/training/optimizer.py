@@ -6,7 +6,11 @@ from mask2dit_jax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Return the learning rate by step: a linear warm-up, then constant, or a cosine down to 0 at `decay_steps`."""
+    """Return the learning rate by step: a linear warm-up, then constant, or a cosine down to 0 at `decay_steps`.
+
+    Args:
+        config: of the run, with its `decay_steps` (`TrainConfig.scheduled_optimizer`) if it has a cosine.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(0.0 if warmup else peak, peak, max(warmup, 1))
     if config.schedule == "constant":

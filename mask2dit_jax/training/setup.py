@@ -55,7 +55,7 @@ def train_program(
         mesh,
         model,
         objective,
-        config.optimizer,
+        config.scheduled_optimizer,
         config.global_batch_size,
         config.seed,
         jnp.dtype(config.compute_dtype),

@@ -12,7 +12,7 @@ RATE = 1e-3
 
 
 def sft(commands, workdir, dataset, init_from, **fields):
-    rate = {"optimizer__warmup_steps": 0, "optimizer__learning_rate": RATE}
+    rate = {"optimizer__warmup_steps": 0, "optimizer__learning_rate": RATE, "optimizer__decay_steps": 1000}
     fields = {"checkpoint_every": 2, **rate, **fields}
     flags = commands.train_flags("sft", workdir, dataset.json, init_from=init_from, **fields)
     return commands.succeed("train", *flags).stderr
