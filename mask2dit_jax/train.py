@@ -80,7 +80,11 @@ def main(argv):
             rows = local_rows(programs[0].abstract_batch)
             with open_event_file(workdir) as events, StopRequest() as stop:
                 watch = Watch(config, programs, pretrained, workdir, data, rows, events)
-                last = _run(config, state, _placed(config, programs, data, int(state.step), rows), watch, manager, stop)
+                seen = resume.samples_seen(manager, int(state.step))
+                if start == "resume":
+                    logging.info("data: going on after %d samples", seen)
+                batches = _placed(config, programs, data, int(state.step), seen, rows)
+                last = _run(config, state, batches, seen, watch, manager, stop)
     if last < config.num_steps:
         logging.info("stopped: step %d, checkpoints in %s", last, workdir)
         sys.exit(EXIT_CODE)
@@ -91,11 +95,21 @@ def _run(
     config: TrainConfig,
     state: TrainState,
     batches: Iterator[tuple[TrainProgram, Batch]],
+    seen: int,
     watch: "Watch",
     manager: checkpoint.Manager,
     stop: StopRequest,
 ) -> int:
     """Train until the last step or a request to stop. Save a checkpoint every so often, and at the end.
+
+    Args:
+        config: the run.
+        state: where it starts.
+        batches: of each step, with its program.
+        seen: samples that the steps before have seen.
+        watch: logs, validates and draws storyboards.
+        manager: of the checkpoints.
+        stop: says when to end before the last step.
 
     Returns:
         The number of the last step.
@@ -114,10 +128,11 @@ def _run(
                 under_way.popleft().block_until_ready()
             progress.set_postfix(log.add(step, metrics, program.flops), refresh=False)
             progress.update()
+            seen += config.global_batch_size
             watch.look(step, state)
             is_last = stop.is_due(step) or step == total
             if step % config.checkpoint_every == 0 or is_last:
-                checkpoint.save(manager, state, record)
+                checkpoint.save(manager, state, record | {"samples_seen": seen})
             elif step % config.log_every == 0:
                 checkpoint.check_written(manager)
             if is_last:
@@ -182,16 +197,16 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _batches(config: TrainConfig, data: TrainingData, start_step: int, rows) -> Iterator[dict[str, np.ndarray]]:
-    return data.batches(start_step, rows, config.global_batch_size, config.seed)
+def _batches(config: TrainConfig, data: TrainingData, start_sample: int, rows) -> Iterator[dict[str, np.ndarray]]:
+    return data.batches(start_sample, rows, config.global_batch_size, config.seed)
 
 
 def _placed(
-    config: TrainConfig, programs: tuple[TrainProgram, ...], data: TrainingData, start_step: int, rows
+    config: TrainConfig, programs: tuple[TrainProgram, ...], data: TrainingData, start_step: int, seen: int, rows
 ) -> Iterator[tuple[TrainProgram, Batch]]:
     """Yield each step's batch on its devices, with the program for the lengths of its scenes."""
     by_layout = {program.objective.layout: program for program in programs}
-    for number, batch in enumerate(_batches(config, data, start_step, rows), start=start_step):
+    for number, batch in enumerate(_batches(config, data, seen, rows), start=start_step):
         program = by_layout[scene_lengths.draw(tuple(by_layout), config.seed, number)]
         batch = scene_lengths.cut_scenes(batch, program.stored_layout, program.objective.layout)
         yield program, global_batch(batch, program.abstract_batch, rows)
