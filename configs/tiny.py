@@ -45,13 +45,11 @@ CHANGES = {
     },
     "pretrain": {
         "num_steps": 200,
-        "optimizer.decay_steps": 200,
         "data.path": "data/demo/pretrain.csv",
         "data.max_stride": 2,  # the shortest shot has 30 frames
     },
     "sft": {
         "num_steps": 1000,
-        "optimizer.decay_steps": 1000,
         "init_from": "workdir/pretrain",
         "data.path": "data/demo/sft.json",
     },

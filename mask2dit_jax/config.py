@@ -168,20 +168,27 @@ class OptimizerConfig(Section):
     learning_rate: float = setting(1e-5)  # the peak
     schedule: str = setting("constant", one_of(LEARNING_RATES))  # what follows the warm-up
     warmup_steps: int = setting(100, at_least(0))  # steps of a linear rise from 0
-    # Step at which "cosine" reaches 0. It is not the run's num_steps, so that a longer run stays the same run.
-    decay_steps: int = setting(0)
+    # Step at which "cosine" reaches 0; 0: the run's num_steps. Named, it makes a run and a longer one the same run.
+    decay_steps: int = setting(0, at_least(0, ", which is num_steps"))
     b1: float = setting(0.9)  # decay of the mean of gradients
     b2: float = setting(0.999)  # decay of the mean of squared gradients
     eps: float = setting(1e-10)  # added to the root of the second moment
     weight_decay: float = setting(3e-2)  # decoupled, on every trained parameter
-    clip_norm: float = setting(0.05)  # global norm that gradients are scaled down to
+    # Global norm that gradients are scaled down to; 0: never. The authors' script passes 0.05, but their DeepSpeed
+    # configuration has no gradient_clipping, and then Accelerate's call does nothing (docs/training.md).
+    clip_norm: float = setting(0.05, at_least(0, ", which never clips"))
 
     def check(self) -> None:
         """Check that a cosine ends after its warm-up."""
-        if self.schedule == "cosine" and self.decay_steps <= self.warmup_steps:
+        if self.schedule == "cosine" and 0 < self.decay_steps <= self.warmup_steps:
             raise UserError(
                 f"optimizer.decay_steps={self.decay_steps} must be more than optimizer.warmup_steps={self.warmup_steps}"
             )
+
+
+def cosine_end(num_steps: int, decay_steps: int, warmup_steps: int) -> int:
+    """Return the step at which a cosine reaches 0; a run that ends within its warm-up sees nothing of it."""
+    return decay_steps or max(num_steps, warmup_steps + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,12 +303,26 @@ class TrainConfig(RunConfig):
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     @property
+    def scheduled_optimizer(self) -> OptimizerConfig:
+        """The optimiser with the step at which a cosine ends: `num_steps` unless it is named."""
+        chosen = self.optimizer
+        if chosen.schedule != "cosine" or chosen.decay_steps:
+            return chosen
+        return dataclasses.replace(chosen, decay_steps=cosine_end(self.num_steps, 0, chosen.warmup_steps))
+
+    @property
     def samples_at_once(self) -> int:
         """Number of samples one forward pass sees; the mesh must divide it."""
         return max(1, self.global_batch_size // self.accumulate_steps)
 
     def check(self) -> None:
-        """Check profile steps and scene lengths."""
+        """Check the length of the run, profile steps and scene lengths."""
+        end = self.scheduled_optimizer.decay_steps
+        if self.optimizer.schedule == "cosine" and self.num_steps > end:
+            raise UserError(
+                f"num_steps={self.num_steps} is beyond optimizer.decay_steps={end}, from where the learning rate is 0; "
+                "raise decay_steps, or set it to 0, which is num_steps"
+            )
         steps = self.profile_steps
         if steps and (
             len(steps) != 2 or not all(isinstance(step, int) for step in steps) or not 0 < steps[0] <= steps[1]
@@ -309,6 +330,21 @@ class TrainConfig(RunConfig):
             raise UserError(f"profile_steps={steps} must be a first and a last step, such as (10, 13)")
         for frames in self.scene_frames:
             self._check_scene_frames(frames)
+
+    def remarks(self) -> list[str]:
+        """Return what is unusual about the length of the run, a line each."""
+        chosen = self.scheduled_optimizer
+        if self.num_steps <= chosen.warmup_steps:
+            return [
+                f"num_steps={self.num_steps} ends within optimizer.warmup_steps={chosen.warmup_steps}: the learning "
+                "rate does not reach its peak"
+            ]
+        if chosen.schedule == "cosine" and self.num_steps < chosen.decay_steps:
+            return [
+                f"num_steps={self.num_steps} ends before optimizer.decay_steps={chosen.decay_steps}: the learning rate "
+                "does not come down to 0"
+            ]
+        return []
 
     def _check_scene_frames(self, frames: Any) -> None:
         if not isinstance(frames, tuple) or len(frames) != self.num_scenes:

@@ -11,7 +11,8 @@ import collections
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from mask2dit_jax.config import TrainConfig, changes, read_config
+from mask2dit_jax.config import TrainConfig, changes, cosine_end, read_config
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.io.compiled_programs import keep_compiled_programs
 from mask2dit_jax.parallel import distributed
@@ -58,6 +59,8 @@ def main(argv):
     config.require("pretrained", "data.path")
     workdir = _WORKDIR.value or f"runs/{config.name}"
     logging.info("config:\n%s", _CONFIG.value)
+    for remark in config.remarks():
+        logging.warning("%s", remark)
     mesh = make_mesh(dataclasses.asdict(config.mesh), batch_size=config.samples_at_once)
 
     keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
@@ -77,22 +80,36 @@ def main(argv):
             rows = local_rows(programs[0].abstract_batch)
             with open_event_file(workdir) as events, StopRequest() as stop:
                 watch = Watch(config, programs, pretrained, workdir, data, rows, events)
-                last = _run(config, state, _placed(config, programs, data, int(state.step), rows), watch, manager, stop)
+                seen = resume.samples_seen(manager, int(state.step))
+                if start == "resume":
+                    logging.info("data: going on after %d samples", seen)
+                batches = _placed(config, programs, data, int(state.step), seen, rows)
+                last = _run(config, state, batches, seen, watch, manager, stop)
     if last < config.num_steps:
         logging.info("stopped: step %d, checkpoints in %s", last, workdir)
         sys.exit(EXIT_CODE)
-    logging.info("done: step %d, checkpoints in %s", config.num_steps, workdir)
+    logging.info("done: step %d, checkpoints in %s", last, workdir)
 
 
 def _run(
     config: TrainConfig,
     state: TrainState,
     batches: Iterator[tuple[TrainProgram, Batch]],
+    seen: int,
     watch: "Watch",
     manager: checkpoint.Manager,
     stop: StopRequest,
 ) -> int:
     """Train until the last step or a request to stop. Save a checkpoint every so often, and at the end.
+
+    Args:
+        config: the run.
+        state: where it starts.
+        batches: of each step, with its program.
+        seen: samples that the steps before have seen.
+        watch: logs, validates and draws storyboards.
+        manager: of the checkpoints.
+        stop: says when to end before the last step.
 
     Returns:
         The number of the last step.
@@ -111,10 +128,11 @@ def _run(
                 under_way.popleft().block_until_ready()
             progress.set_postfix(log.add(step, metrics, program.flops), refresh=False)
             progress.update()
+            seen += config.global_batch_size
             watch.look(step, state)
             is_last = stop.is_due(step) or step == total
             if step % config.checkpoint_every == 0 or is_last:
-                checkpoint.save(manager, state, record)
+                checkpoint.save(manager, state, record | {"samples_seen": seen})
             elif step % config.log_every == 0:
                 checkpoint.check_written(manager)
             if is_last:
@@ -179,16 +197,16 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _batches(config: TrainConfig, data: TrainingData, start_step: int, rows) -> Iterator[dict[str, np.ndarray]]:
-    return data.batches(start_step, rows, config.global_batch_size, config.seed)
+def _batches(config: TrainConfig, data: TrainingData, start_sample: int, rows) -> Iterator[dict[str, np.ndarray]]:
+    return data.batches(start_sample, rows, config.global_batch_size, config.seed)
 
 
 def _placed(
-    config: TrainConfig, programs: tuple[TrainProgram, ...], data: TrainingData, start_step: int, rows
+    config: TrainConfig, programs: tuple[TrainProgram, ...], data: TrainingData, start_step: int, seen: int, rows
 ) -> Iterator[tuple[TrainProgram, Batch]]:
     """Yield each step's batch on its devices, with the program for the lengths of its scenes."""
     by_layout = {program.objective.layout: program for program in programs}
-    for number, batch in enumerate(_batches(config, data, start_step, rows), start=start_step):
+    for number, batch in enumerate(_batches(config, data, seen, rows), start=start_step):
         program = by_layout[scene_lengths.draw(tuple(by_layout), config.seed, number)]
         batch = scene_lengths.cut_scenes(batch, program.stored_layout, program.objective.layout)
         yield program, global_batch(batch, program.abstract_batch, rows)
@@ -199,8 +217,7 @@ def _find_start(config: TrainConfig, pretrained: Pretrained, manager) -> tuple[s
     if (step := resume.set_aside_unreadable(manager)) is not None:
         logging.info("start: resuming step %d of %s", step, manager.directory)
         source = TransformerSource.require(manager.directory)
-        if changed := changes(stored_checkpoint.read_record(source.folder).get("config", {}), config):
-            logging.warning("resumed with other settings: %s", "; ".join(changed))
+        _log_changes(stored_checkpoint.read_record(source.folder).get("config", {}), config, step)
         return "resume", source
     if config.init_from:
         source = TransformerSource.require(config.init_from)
@@ -209,6 +226,22 @@ def _find_start(config: TrainConfig, pretrained: Pretrained, manager) -> tuple[s
     source = pretrained.find_transformer()
     logging.info("start: %s", f"pretrained weights of {source}" if source else "from scratch")
     return ("parameters", source) if source else ("scratch", None)
+
+
+def _log_changes(before: Mapping[str, Any], config: TrainConfig, step: int) -> None:
+    """Log what differs from the run that saved `step`, and what it does to the learning rate."""
+    if changed := changes(before, config):
+        logging.warning("resumed with other settings: %s", "; ".join(changed))
+    if step >= config.num_steps:
+        logging.warning("step %d is done and num_steps=%d: nothing is left to train", step, config.num_steps)
+        return
+    optimizer = config.scheduled_optimizer
+    if optimizer.schedule != "cosine" or not before:
+        return
+    end = cosine_end(before["num_steps"], before["optimizer"]["decay_steps"], before["optimizer"]["warmup_steps"])
+    if end != optimizer.decay_steps:
+        rate = float(learning_rate(optimizer)(step))
+        logging.warning("the cosine ends at step %d, not %d: it goes on at %.3g", optimizer.decay_steps, end, rate)
 
 
 def _start_state(program: TrainProgram, start: str, source: TransformerSource | None, manager) -> TrainState:

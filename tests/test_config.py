@@ -15,6 +15,7 @@ from mask2dit_jax.errors import UserError
 from mask2dit_jax.models.dit import REMAT_POLICIES
 from mask2dit_jax.ops.attention.api import IMPLEMENTATIONS
 from mask2dit_jax.ops.masks import PREDICATES
+from mask2dit_jax.training.optimizer import learning_rate
 
 
 def tiny_sft(**fields) -> TrainConfig:
@@ -40,6 +41,12 @@ def tiny_sft(**fields) -> TrainConfig:
         ({"scene_frames": ((9, 9, 17),)}, "scene_frames: 17 must be from 1 to num_frames=9"),
         ({"scene_frames": ((9, 9, 5),)}, "scene_frames: 5 is not of the form 8k .* nearest is 1"),
         ({"optimizer.decay_steps": 50}, "optimizer.decay_steps=50 must be more than optimizer.warmup_steps=50"),
+        ({"optimizer.clip_norm": -1.0}, "optimizer.clip_norm=-1.0 must be at least 0, which never clips"),
+        (
+            {"num_steps": 1006, "optimizer.decay_steps": 1000},
+            "num_steps=1006 is beyond optimizer.decay_steps=1000, from where the learning rate is 0; raise decay_steps",
+        ),
+        ({"optimizer.decay_steps": -1}, "optimizer.decay_steps=-1 must be at least 0, which is num_steps"),
         ({"data.min_stride": 4}, "data.min_stride=4 is more than data.max_stride=3"),
         ({"remat": "some"}, "remat 'some' does not exist; choose one of none, full, attention, dots"),
         ({"compute_dtype": "float16"}, "compute_dtype 'float16' is not supported .*black video"),
@@ -53,6 +60,32 @@ def test_a_bad_value_is_named_with_its_field(fields, told):
 def test_the_length_that_is_stored_is_always_allowed():
     """A scene of 5 frames is no part of a longer one, but it is one of 5."""
     tiny_sft(num_frames=5, scene_frames=((5, 5, 5), (1, 5, 5)))
+
+
+@pytest.mark.parametrize("num_steps", [51, 1000, 2000])
+def test_a_cosine_ends_with_the_run(num_steps):
+    config = tiny_sft(num_steps=num_steps)
+    rate = learning_rate(config.scheduled_optimizer)
+    assert rate(num_steps) == 0 < rate(num_steps - 1)
+    assert not config.remarks()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"num_steps": 500, "optimizer.decay_steps": 1000}, "num_steps=500 ends before optimizer.decay_steps=1000"),
+        ({"num_steps": 50}, "num_steps=50 ends within optimizer.warmup_steps=50"),
+        ({"num_steps": 20, "optimizer.schedule": "constant"}, "num_steps=20 ends within optimizer.warmup_steps=50"),
+    ],
+)
+def test_a_run_that_is_short_for_its_schedule_says_so(fields, told):
+    (remark,) = tiny_sft(**fields).remarks()
+    assert remark.startswith(told)
+
+
+def test_a_run_within_its_warm_up_is_the_beginning_of_a_longer_one():
+    short, long = (learning_rate(tiny_sft(num_steps=n).scheduled_optimizer) for n in (5, 1000))
+    assert [float(short(n)) for n in range(6)] == [float(long(n)) for n in range(6)]
 
 
 def test_a_resumed_run_names_what_changed():

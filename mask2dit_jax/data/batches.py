@@ -12,7 +12,7 @@ from mask2dit_jax.data.samples import ConsecutiveShots, UnrelatedClips
 from mask2dit_jax.data.sources import Skipped
 from mask2dit_jax.errors import UserError
 
-_NO_END = 2**31
+_NO_END = 2**48  # samples
 # Reading is a copy from the page cache, and a batch of the 5B model has some 100 MB, so few are kept ready.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 _TRIES = 100  # samples in a row that cannot be read, before the store counts as gone
@@ -25,13 +25,16 @@ def make_batches(
     global_batch_size: int,
     seed: int,
     skipped: Skipped | None = None,
-    start_step: int = 0,
+    start_sample: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches for ever; a batch depends on `seed` and its step alone, so `start_step` resumes exactly.
+    """Yield batches for ever; a sample depends on `seed` and its number alone, so `start_sample` resumes exactly.
+
+    Samples are numbered through the whole run. Batches of any size cut the same row of samples, so a run that resumes
+    with another batch size misses none and repeats none.
 
     A sample with a scene that cannot be read is replaced by another one, drawn from the same random numbers. So the
-    replacement also depends on seed, step and row alone, and not on which process reads it or what it read before.
+    replacement also depends on seed and number alone, and not on which process reads it or what it read before.
 
     Args:
         store: holds every clip of `samples`.
@@ -39,7 +42,7 @@ def make_batches(
         global_batch_size: samples of a step, over all processes; together they see the same, however many they are.
         seed: seed of the order, of the clips drawn and of their variants.
         skipped: records the scenes that cannot be read; without it there may be none.
-        start_step: step of the first batch.
+        start_sample: number of the first sample, which is how many were seen before.
         rows: the samples of a global batch that this process wants; None for all.
 
     Yields:
@@ -74,10 +77,10 @@ def make_batches(
         epoch, place = divmod(position, len(samples))
         return int(order(epoch)[place])
 
-    drawn = grain.MapDataset.range(_NO_END * global_batch_size).seed(seed).map(item_at).random_map(read)
+    drawn = grain.MapDataset.range(_NO_END).seed(seed).map(item_at).random_map(read)
 
-    def batch(step: int) -> dict[str, np.ndarray]:
-        scenes = [scene for row in rows for scene in drawn[step * global_batch_size + row]]
+    def batch(number: int) -> dict[str, np.ndarray]:
+        scenes = [scene for row in rows for scene in drawn[start_sample + number * global_batch_size + row]]
         # A store returns views of what it has read, so this is the only copy. Here bf16 becomes fp32.
         stacked = {
             name: np.stack([scene[name] for scene in scenes], dtype=np.uint8 if name == "pixels" else np.float32)
@@ -87,5 +90,5 @@ def make_batches(
         videos = {name: x.reshape(len(rows), -1, *x.shape[2:]) for name, x in stacked.items()}
         return {**videos, "text": text.reshape(len(rows), -1, *text.shape[1:])}
 
-    batches = iter(grain.MapDataset.range(start_step, _NO_END).map(batch).to_iter_dataset(_READ))
+    batches = iter(grain.MapDataset.range(_NO_END).map(batch).to_iter_dataset(_READ))
     return map(store.encode, batches) if isinstance(store, FreshScenes) else batches

@@ -1,7 +1,7 @@
 """Checkpoints of a run, written by Orbax: `WORKDIR/checkpoints/STEP/{params,ema,train,record}`.
 
 `params` and `ema` are items of their own, so that `pretrained.stored_checkpoint` reads them without
-the optimiser. The position in the data is not stored: the batch of a step depends on the seed and the step alone.
+the optimiser. The record says how many samples were seen; the data of the next step depends on that and the seed.
 
 A folder gets its name once all of it is written, so a killed run leaves no partial checkpoint. In a bucket, where
 nothing can be renamed, the last file written marks the checkpoint as complete. `training.resume` restores a run.

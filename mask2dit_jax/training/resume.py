@@ -103,6 +103,17 @@ def restore(manager: Manager, abstract: TrainState) -> TrainState:
     raise _none_left(manager)
 
 
+def samples_seen(manager: Manager, step: int) -> int:
+    """Return how many samples a run saw before it saved `step`, whichever batch sizes it had until then.
+
+    A record of before this was recorded has one batch size for all its steps.
+    """
+    if step == 0:
+        return 0
+    record = _patiently(lambda: read_record(manager.directory / str(step)))
+    return record.get("samples_seen", step * record["config"]["global_batch_size"])
+
+
 def _read_state(folder: epath.Path, abstract: TrainState) -> TrainState:
     names = TRAIN + (("ema",) if abstract.ema is not None and (folder / "ema").exists() else ())
     wanted = {

@@ -55,7 +55,7 @@ def train_program(
         mesh,
         model,
         objective,
-        config.optimizer,
+        config.scheduled_optimizer,
         config.global_batch_size,
         config.seed,
         jnp.dtype(config.compute_dtype),
@@ -87,5 +87,5 @@ def run_record(config: TrainConfig, model: TransformerConfig) -> dict[str, Any]:
         "lora": model.lora and dataclasses.asdict(model.lora),
         "pretrained": str(config.pretrained),
         "config": dataclasses.asdict(config),
-        "data": "the batch of a step is a function of seed, step and data files alone; so is all that is random in it",
+        "data": "a sample is a function of seed, its number and data files alone; all else random, of seed and step",
     }

@@ -62,7 +62,7 @@ class TrainingData:
     skipped: Skipped
 
     def batches(
-        self, start_step: int, rows: Sequence[int], global_batch_size: int, seed: int
+        self, start_sample: int, rows: Sequence[int], global_batch_size: int, seed: int
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yield batches for ever; see `make_batches`. Fresh frames are encoded in the thread that asks for a batch."""
         return make_batches(
@@ -71,7 +71,7 @@ class TrainingData:
             global_batch_size=global_batch_size,
             seed=seed,
             skipped=self.skipped,
-            start_step=start_step,
+            start_sample=start_sample,
             rows=rows,
         )
 

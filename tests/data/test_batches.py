@@ -93,8 +93,26 @@ def test_resume_is_exact(stored, start):
     samples = UnrelatedClips(clips, 3)
     whole = take(make_batches(store, samples, global_batch_size=2, seed=3), 10)
     assert_equal(whole, take(make_batches(store, samples, global_batch_size=2, seed=3), 10))
-    tail = take(make_batches(store, samples, global_batch_size=2, seed=3, start_step=start), 10 - start)
+    tail = take(make_batches(store, samples, global_batch_size=2, seed=3, start_sample=2 * start), 10 - start)
     assert_equal(whole[start:], tail)
+
+
+@pytest.mark.parametrize("sizes", [(4, 8, 4), (6, 1, 9), (8, 8)])
+def test_batches_of_other_sizes_miss_no_sample_and_repeat_none(stored, sizes):
+    store, clips = stored
+
+    def read(size, start, count):
+        options = {"global_batch_size": size, "seed": 3, "start_sample": start}
+        return take(make_batches(store, UnrelatedClips(clips, 3), **options), count)
+
+    def joined(batches):
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+    seen, parts = 0, []
+    for size in sizes:  # two steps of each
+        parts += read(size, seen, 2)
+        seen += 2 * size
+    assert_equal([joined(parts)], [joined(read(1, 0, seen))])
 
 
 def test_another_seed_is_another_order(stored):
@@ -178,7 +196,7 @@ def test_an_unreadable_scene_is_replaced_the_same_everywhere(damaged, kind):
     for rows in ([0, 1], [2, 3], [3]):
         part, _ = read(8, rows=rows)
         assert_equal(part, [{name: array[rows] for name, array in batch.items()} for batch in alone])
-    assert_equal(alone[5:], read(3, start_step=5)[0])
+    assert_equal(alone[5:], read(3, start_sample=20)[0])
 
 
 def test_too_many_unreadable_scenes_stop_the_run(damaged):

@@ -60,6 +60,13 @@ def test_train_refuses_what_it_cannot_run(commands, dataset, tmp_path, flag, tol
     assert all(words in line for words in told), line
 
 
+def test_a_run_beyond_its_cosine_writes_nothing(commands, dataset, tmp_path):
+    fields = settings(num_steps=201, optimizer__decay_steps=200)
+    line = commands.fail("train", *commands.train_flags("pretrain", tmp_path / "run", dataset.csv, *fields))
+    assert "num_steps=201 is beyond optimizer.decay_steps=200, from where the learning rate is 0" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("main", ["train", "sample", "port_weights", "build_data", "evaluate"])
 def test_a_process_of_its_own_ends_as_the_shared_one_does(commands, main):
     assert commands.fail_alone(main) == commands.fail(main)

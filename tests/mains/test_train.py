@@ -12,7 +12,7 @@ RATE = 1e-3
 
 
 def sft(commands, workdir, dataset, init_from, **fields):
-    rate = {"optimizer__warmup_steps": 0, "optimizer__learning_rate": RATE}
+    rate = {"optimizer__warmup_steps": 0, "optimizer__learning_rate": RATE, "optimizer__decay_steps": 1000}
     fields = {"checkpoint_every": 2, **rate, **fields}
     flags = commands.train_flags("sft", workdir, dataset.json, init_from=init_from, **fields)
     return commands.succeed("train", *flags).stderr
@@ -72,6 +72,28 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(commands, dataset, pretrain
     assert differ(read(workdir, 2), read(workdir, 4))
     log = sft(commands, workdir, dataset, pretrain_workdir, num_steps=4)
     assert "start: resuming step 4" in log
+
+
+def test_a_run_with_another_batch_size_counts_the_samples_it_saw(commands, dataset, pretrain_workdir, tmp_path):
+    workdir = tmp_path / "sizes"
+    for num_steps, size in ((2, 2), (3, 4), (4, 1)):
+        log = sft(commands, workdir, dataset, pretrain_workdir, num_steps=num_steps, global_batch_size=size)
+    assert read_record(find(workdir))["samples_seen"] == 2 * 2 + 4 + 1
+    assert "data: going on after 8 samples" in log
+
+
+def test_a_cosine_that_follows_num_steps_learns_to_the_new_end(commands, dataset, pretrain_workdir, tmp_path):
+    """Made longer after its end, a run goes on at the rate of the longer cosine, and the log says so."""
+    workdir = tmp_path / "longer"
+    for num_steps in (2, 4):
+        log = sft(commands, workdir, dataset, pretrain_workdir, num_steps=num_steps, optimizer__decay_steps=0)
+    assert "the cosine ends at step 4, not 2: it goes on at 0.0005" in log
+    assert differ(read(workdir, 2)["params"], read(workdir, 4)["params"])
+    rates = scalars(workdir)["learning_rate"]
+    np.testing.assert_allclose([rates[n] for n in (1, 2, 3, 4)], RATE * np.array([0.5, 0, 0.146447, 0]), atol=1e-9)
+    log = sft(commands, workdir, dataset, pretrain_workdir, num_steps=3, optimizer__decay_steps=0)
+    assert "step 4 is done and num_steps=3: nothing is left to train" in log
+    assert "done: step 4" in log
 
 
 @pytest.mark.slow

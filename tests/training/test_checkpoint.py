@@ -31,6 +31,16 @@ def workdir(tmp_path_factory):
     return save_run(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.parametrize(("record", "seen"), [({}, 3 * 4), ({"samples_seen": 20}, 20)])
+def test_samples_seen_are_recorded_or_follow_from_the_one_batch_size(tmp_path, record, seen):
+    record = RECORD | {"config": {"global_batch_size": 4}} | record
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        assert resume.samples_seen(manager, 0) == 0
+        checkpoint.save(manager, make_state(3), record)
+        manager.wait_until_finished()
+        assert resume.samples_seen(manager, 3) == seen
+
+
 def test_the_newest_state_is_restored(workdir):
     with checkpoint.open_manager(workdir, keep=2) as manager:
         assert_same(resume.restore(manager, abstract(make_state())), make_state(3))

@@ -1,5 +1,6 @@
 """The training step learns, treats its two kinds of samples apart, and differs between stages by values only."""
 
+import dataclasses
 import functools
 
 import jax
@@ -124,3 +125,12 @@ def test_gradients_are_clipped_to_the_global_norm():
     updates, _ = tx.update({"w": jnp.full(4, 100.0)}, tx.init(params), params)
     # With eps = 1 Adam's first update is g / (|g| + 1): small only because g was scaled to 0.025.
     np.testing.assert_allclose(updates["w"], -0.025 / 1.025, rtol=1e-4)
+
+
+def test_a_clip_norm_of_0_never_clips_and_a_run_may_resume_with_it():
+    config = OptimizerConfig(clip_norm=0.0, warmup_steps=0, eps=1.0, learning_rate=1.0, weight_decay=0.0)
+    params, tx = {"w": jnp.zeros(4)}, make_optimizer(config)
+    updates, _ = tx.update({"w": jnp.full(4, 100.0)}, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -100 / 101, rtol=1e-4)
+    clipping = make_optimizer(dataclasses.replace(config, clip_norm=0.05))
+    assert jax.tree.structure(tx.init(params)) == jax.tree.structure(clipping.init(params))

@@ -48,7 +48,7 @@ def open_data(config):
 
 
 def take(data, count=6, start=0, rows=range(4), seed=3):
-    return list(itertools.islice(data.batches(start, rows, 4, seed), count))
+    return list(itertools.islice(data.batches(4 * start, rows, 4, seed), count))
 
 
 def encode_video(pixels):

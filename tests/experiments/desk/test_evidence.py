@@ -26,7 +26,7 @@ from mask2dit_jax.pretrained.transformer_source import TransformerSource
 from mask2dit_jax.training.step import Objective, denoising_loss
 
 STEPS = 260
-FIELDS = (("num_steps", STEPS), ("optimizer.decay_steps", STEPS), ("checkpoint_every", STEPS))
+FIELDS = (("num_steps", STEPS), ("checkpoint_every", STEPS))
 ARMS = {mask: Arm(mask, (TrainingRun(mask, 0, (("mask", mask), *FIELDS)),)) for mask in ("v1", "v2", "v5")}
 V2 = ARMS["v2"].runs[0]
 
