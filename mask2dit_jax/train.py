@@ -58,7 +58,6 @@ def main(argv):
     config = read_config(_CONFIG.value, TrainConfig, "train")
     config.require("pretrained", "data.path")
     workdir = _WORKDIR.value or f"runs/{config.name}"
-    logging.info("config:\n%s", _CONFIG.value)
     for remark in config.remarks():
         logging.warning("%s", remark)
     mesh = make_mesh(dataclasses.asdict(config.mesh), batch_size=config.samples_at_once)
@@ -74,11 +73,14 @@ def main(argv):
         stored = setup.stored_model(source, wanted, config) if source else wanted
         pretrained.check_fits(stored)
         programs = setup.train_programs(config, mesh, stored, vae_config, pretrained.schedule)
+        logging.info("%s in %s\n%s", config.name, workdir, programs[0].summary())
         data = open_training_data(config, pretrained, programs[0].model)
         with jax.set_mesh(mesh):
             state = _start_state(programs[0], start, source, manager)
             rows = local_rows(programs[0].abstract_batch)
             with open_event_file(workdir) as events, StopRequest() as stop:
+                if events:
+                    events.add_text("config", f"<pre>{_CONFIG.value}</pre>", int(state.step))
                 watch = Watch(config, programs, pretrained, workdir, data, rows, events)
                 seen = resume.samples_seen(manager, int(state.step))
                 if start == "resume":
@@ -116,13 +118,17 @@ def _run(
     """
     first_step, total = int(state.step), config.num_steps
     log, record = watch.log, setup.run_record(config, watch.program.model)
-    under_way = collections.deque()
+    under_way, compiled = collections.deque(), set()
     with tqdm(total=total, initial=first_step, desc="training", unit="step", disable=not watch.is_first) as progress:
         for step in range(first_step + 1, total + 1):
             with log.waiting():
                 program, batch = next(batches)
+            if program.objective.layout not in compiled:  # the first call returns when the step is compiled
+                progress.set_description("compiling")
+                compiled.add(program.objective.layout)
             with watch.trace(step):
                 state, metrics = program.step(state, batch)
+            progress.set_description("training", refresh=False)
             under_way.append(metrics["loss"])
             if len(under_way) > _STEPS_AHEAD:
                 under_way.popleft().block_until_ready()
@@ -181,7 +187,7 @@ class Watch:
             losses = jax.device_get(self.program.validate(params, self._fixed_batch))
             self.log.write(step, validation.scalars(losses, self.program.objective))
         if _is_due(step, self._config.sample_every):
-            self._preview(step, params, self._fixed_batch["text"])
+            self._preview(step, params, self._fixed_batch["text"], self._fixed_captions)
         if _is_due(step, self._config.checkpoint_every):  # processes wait for each other there anyway
             self._data.gather_skipped()
 
@@ -191,6 +197,11 @@ class Watch:
         batch = next(_batches(self._config, self._data, 0, self._rows))
         batch = scene_lengths.cut_scenes(batch, self.program.stored_layout, self.program.objective.layout)
         return global_batch(batch, self.program.abstract_batch, self._rows)
+
+    @functools.cached_property
+    def _fixed_captions(self) -> list[str]:
+        """What the first sample of the batch of step 0 shows, on the process that draws storyboards."""
+        return self._data.captions(self._config.seed) if self.is_first else []
 
 
 def _is_due(step: int, every: int) -> bool:

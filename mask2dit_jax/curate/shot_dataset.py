@@ -9,9 +9,10 @@ from absl import logging
 from mask2dit_jax.curate.shots import Shot, find_shots, write_shots
 from mask2dit_jax.data.sources import Clip, Group, is_blank, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.paths import as_composed, find_file
 from mask2dit_jax.media.video_reader import probe
 
-# captions[name of the video without its ending][number of the shot, from 1]
+# captions[name of the video without its ending, in composed form][number of the shot, from 1]
 Captions = Mapping[str, Mapping[int, str]]
 
 
@@ -22,12 +23,16 @@ def read_captions(path: str | Path) -> Captions:
         UserError: the file is unreadable or has another form.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        captions = {video: {int(number): text for number, text in shots.items()} for video, shots in raw.items()}
+        raw = json.loads(find_file(path).read_text(encoding="utf-8-sig"))
+        captions = {
+            as_composed(video): {int(number): text for number, text in shots.items()} for video, shots in raw.items()
+        }
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a captions file") from error
     except (ValueError, AttributeError) as error:
         raise UserError(f'{path}: must be json like {{"video name": {{"1": "caption"}}}} ({error})') from error
+    if len(captions) < len(raw):
+        raise UserError(f"{path}: one video is named twice, with its accents in two spellings; join the two entries")
     for video, shots in captions.items():
         for number, text in shots.items():
             if not isinstance(text, str):
@@ -53,8 +58,8 @@ def build_dataset(
     Raises:
         UserError: an unreadable video, two videos of one name, a shot without a caption, or no shot left.
     """
-    videos, output = [Path(video) for video in videos], Path(output)
-    names = [video.stem for video in videos]
+    videos, output = [find_file(video) for video in videos], Path(output)
+    names = [as_composed(video.stem) for video in videos]
     if len(set(names)) < len(names):
         raise UserError(f"two videos have the same name ({', '.join(sorted(names))}); rename one, captions go by name")
     runs = []
@@ -82,7 +87,7 @@ def build_dataset(
 
 
 def _check_captions(shots: Sequence[Shot], captions: Captions) -> None:
-    missing = [shot for shot in shots if is_blank(captions.get(shot.video.stem, {}).get(shot.number, ""))]
+    missing = [shot for shot in shots if is_blank(captions.get(as_composed(shot.video.stem), {}).get(shot.number, ""))]
     if missing:
         named = ", ".join(
             f"{shot.video.name} shot {shot.number} (frames {shot.start}-{shot.stop - 1})" for shot in missing
@@ -108,5 +113,5 @@ def _group_name(run: Sequence[Shot]) -> str:
 def _clip(shot: Shot, captions: Captions, output: Path) -> Clip:
     name = f"shots/{shot.name}.mp4"
     info = probe(output / name)
-    caption = captions[shot.video.stem][shot.number]
+    caption = captions[as_composed(shot.video.stem)][shot.number]
     return Clip(name, output / name, caption, info.num_frames, round(float(info.fps), 3), info.width, info.height)

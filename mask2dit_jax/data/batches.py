@@ -53,6 +53,35 @@ def make_batches(
         UserError: while iterating, too many scenes cannot be read.
     """
     rows = range(global_batch_size) if rows is None else rows
+    drawn = drawn_samples(store, samples, seed=seed, skipped=skipped)
+
+    def batch(number: int) -> dict[str, np.ndarray]:
+        scenes = [scene for row in rows for scene in drawn[start_sample + number * global_batch_size + row]]
+        # A store returns views of what it has read, so this is the only copy. Here bf16 becomes fp32.
+        stacked = {
+            name: np.stack([scene[name] for scene in scenes], dtype=np.uint8 if name == "pixels" else np.float32)
+            for name in scenes[0]
+            if name != "caption"
+        }
+        text = stacked.pop("text")
+        videos = {name: x.reshape(len(rows), -1, *x.shape[2:]) for name, x in stacked.items()}
+        return {**videos, "text": text.reshape(len(rows), -1, *text.shape[1:])}
+
+    batches = iter(grain.MapDataset.range(_NO_END).map(batch).to_iter_dataset(_READ))
+    return map(store.encode, batches) if isinstance(store, FreshScenes) else batches
+
+
+def drawn_samples(
+    store: SceneRecords | FreshScenes,
+    samples: UnrelatedClips | ConsecutiveShots,
+    *,
+    seed: int,
+    skipped: Skipped | None = None,
+) -> grain.MapDataset:
+    """Return all samples of a run by number, each a list of scenes as `store.read` returns them.
+
+    Row r of a batch is number r after the samples seen before it. The arguments are those of `make_batches`.
+    """
     skipped = Skipped(len(samples), 0.0) if skipped is None else skipped
 
     def read(item: int, rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
@@ -77,18 +106,4 @@ def make_batches(
         epoch, place = divmod(position, len(samples))
         return int(order(epoch)[place])
 
-    drawn = grain.MapDataset.range(_NO_END).seed(seed).map(item_at).random_map(read)
-
-    def batch(number: int) -> dict[str, np.ndarray]:
-        scenes = [scene for row in rows for scene in drawn[start_sample + number * global_batch_size + row]]
-        # A store returns views of what it has read, so this is the only copy. Here bf16 becomes fp32.
-        stacked = {
-            name: np.stack([scene[name] for scene in scenes], dtype=np.uint8 if name == "pixels" else np.float32)
-            for name in scenes[0]
-        }
-        text = stacked.pop("text")
-        videos = {name: x.reshape(len(rows), -1, *x.shape[2:]) for name, x in stacked.items()}
-        return {**videos, "text": text.reshape(len(rows), -1, *text.shape[1:])}
-
-    batches = iter(grain.MapDataset.range(_NO_END).map(batch).to_iter_dataset(_READ))
-    return map(store.encode, batches) if isinstance(store, FreshScenes) else batches
+    return grain.MapDataset.range(_NO_END).seed(seed).map(item_at).random_map(read)

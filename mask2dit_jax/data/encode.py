@@ -111,7 +111,7 @@ class FreshScenes:
             variant: seed of the first frame.
 
         Returns:
-            `pixels` (f h w 3) as 8 bits, and `text` (t x) in bf16.
+            `pixels` (f h w 3) as 8 bits, `text` (t x) in bf16, and `caption`, bytes in UTF-8.
 
         Raises:
             UnreadableScene: the video or the stored embedding cannot be read.

@@ -221,7 +221,8 @@ class SceneRecords:
         """Read one record and nothing else.
 
         Returns:
-            `mean` and `logvar` (f h w c), unless the data set stores no frames, and `text` (t x) in bf16.
+            `mean` and `logvar` (f h w c), unless the data set stores no frames, `text` (t x) in bf16, and `caption`,
+            bytes in UTF-8.
 
         Raises:
             UnreadableScene: the record's bytes have changed or cannot be read, or it is another clip's, because the
@@ -239,7 +240,7 @@ class SceneRecords:
                 f"{self._shard_of(number)} and start its build_data --encode, or the run that made it, again"
             )
             raise UnreadableScene(clip.name, message) from error
-        return {name: record[name] for name in ("mean", "logvar", "text") if name in record}
+        return {name: record[name] for name in ("mean", "logvar", "text", "caption") if name in record}
 
     def _shard_of(self, record: int) -> str:
         ends = list(itertools.accumulate(shard.num_records for shard in self.index.shards))

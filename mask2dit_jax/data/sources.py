@@ -25,6 +25,7 @@ from absl import logging
 
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import atomic_output
+from mask2dit_jax.io.paths import find_file
 
 CSV_COLUMNS = ("fps", "width", "height", "caption", "path", "num_frame")
 JSON_KEYS = ("vid", "width", "height", "duration", "fps", "url", "caption")
@@ -235,7 +236,7 @@ class _Faults:
 
 
 def _parse_csv(path: str | Path, faults: _Strict | _Faults) -> list[Clip | None]:
-    path = Path(path)
+    path = find_file(path)
     rows = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
         missing = [column for column in CSV_COLUMNS if column not in (rows.fieldnames or ())]
@@ -255,7 +256,7 @@ def _parse_csv(path: str | Path, faults: _Strict | _Faults) -> list[Clip | None]
 
 
 def _parse_json(path: str | Path, faults: _Strict | _Faults) -> list[Group]:
-    path = Path(path)
+    path = find_file(path)
     try:
         groups = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
@@ -335,11 +336,12 @@ def _clip(where: str, folder: Path, row: Mapping, name: object) -> Clip:
         raise UserError(f"{where} ({name}): the caption is empty; write one or remove the clip")
     if printable(row["caption"]) != row["caption"]:
         raise UserError(f"{where} ({name}): the caption is not UTF-8 text; save the file as UTF-8")
-    if not os.path.isfile(folder / name):  # False for whatever cannot be a path, too
+    path = find_file(folder / name)
+    if not os.path.isfile(path):  # False for whatever cannot be a path, too
         raise UserError(f"{where}: no video at {folder / name}; correct the path or remove the clip")
     return Clip(
         name=name,
-        path=folder / name,
+        path=path,
         caption=row["caption"],
         num_frames=int(_number(where, row, "num_frame")),
         fps=_number(where, row, "fps"),

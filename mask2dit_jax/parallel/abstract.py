@@ -17,6 +17,13 @@ class _OneKey(nnx.RngStream):
         return self.key[...]
 
 
+def count_in_words(params: nnx.State) -> str:
+    """Return how many parameters a state of arrays or shapes holds, such as "5.57 B"."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    unit, name = next((pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if count >= pair[0]), (1, ""))
+    return f"{count / unit:.3g} {name}".strip()
+
+
 def memoryless(kind: type[nnx.Module], config, **kwargs) -> nnx.Module:
     """Build `kind(config, rngs=..., **kwargs)` with a `ShapeDtypeStruct` in place of every parameter."""
 

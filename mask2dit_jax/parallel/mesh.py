@@ -121,6 +121,15 @@ def sizes_for_any_length(
     return chosen | {CONTEXT: chosen[CONTEXT] // tensor, TENSOR: tensor}
 
 
+def describe_mesh(mesh: Mesh) -> str:
+    """Return what a mesh consists of and how it is divided, such as "8 x TPU v5p, mesh fsdp=4, context=2"."""
+    kind = mesh.devices.flat[0].device_kind
+    processes = len({device.process_index for device in mesh.devices.flat})
+    where = f" of {processes} processes" if processes > 1 else ""
+    divided = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    return f"{mesh.size} x {kind}{where}" + (f", mesh {_text(divided)}" if divided else "")
+
+
 def _text(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
 

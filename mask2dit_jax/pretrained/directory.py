@@ -4,8 +4,10 @@
     DIR/vae/           config.json  diffusion_pytorch_model*.safetensors
     DIR/text_encoder/  config.json  model*.safetensors
     DIR/tokenizer/     DIR/scheduler/scheduler_config.json
+    DIR/model_index.json
 
-is a diffusers directory, the form in which CogVideoX and Mask2DiT are released. Instead of safetensors, a component
+is a diffusers directory, the form in which CogVideoX and Mask2DiT are released; only diffusers reads the last file,
+which names the class of each component. Instead of safetensors, a component
 folder may hold `params/` (Orbax, our own layout), which `port_weights` writes and which is read without transposing.
 """
 
@@ -22,6 +24,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from mask2dit_jax.diffusion.schedule import CLASS_NAMES as SCHEDULER_CLASSES
 from mask2dit_jax.diffusion.schedule import ScheduleConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.content import file_hash
@@ -44,8 +47,19 @@ PARAMS = "params"
 ORIGIN = "origin.txt"  # beside ported parameters
 _CONFIG = "config.json"
 _STRAY = ("Thumbs.db", "desktop.ini")  # what Windows leaves in folders
-COPIED = ("tokenizer", "scheduler")  # folders without weights, which are the same in every layout
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+# Folders without weights, which are the same in every layout, and the files of which each must hold one.
+COPIED = {"tokenizer": ("spiece.model", "tokenizer.json"), "scheduler": ("scheduler_config.json",)}
+MODEL_INDEX = "model_index.json"
+_PIPELINE = "CogVideoXPipeline"
+# Classes that diffusers builds this pipeline of, by component. What our own codecs write has none.
+_PIPELINE_CLASSES = {
+    "transformer": ("diffusers", ("CogVideoXTransformer3DModel",)),
+    "vae": ("diffusers", ("AutoencoderKLCogVideoX",)),
+    "text_encoder": ("transformers", ("T5EncoderModel",)),
+    "tokenizer": ("transformers", ("T5Tokenizer",)),
+    "scheduler": ("diffusers", SCHEDULER_CLASSES),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,14 +265,34 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def copy_rest(source: epath.PathLike, target: epath.PathLike) -> list[str]:
-    """Copy the folders that hold no weights, and return the names of those that the source has."""
+    """Copy the folders that hold no weights, and return the names of those that the source has.
+
+    A folder that lacks the file that matters in it counts as missing.
+    """
     copied = []
-    for name in COPIED:
+    for name, needed in COPIED.items():
         folder = epath.Path(source) / name
-        if not folder.exists():
+        if not any((folder / file).exists() for file in needed):
             continue
         (epath.Path(target) / name).mkdir(parents=True, exist_ok=True)
         for file in folder.iterdir():
-            file.copy(epath.Path(target) / name / file.name, overwrite=True)
+            if not file.is_dir():
+                file.copy(epath.Path(target) / name / file.name, overwrite=True)
         copied.append(name)
     return copied
+
+
+def save_model_index(directory: epath.PathLike) -> None:
+    """Write the file by which diffusers opens a directory of all components as one pipeline.
+
+    Raises:
+        UserError: a component is of a class that the pipeline does not take.
+    """
+    folder, index = epath.Path(directory), {"_class_name": _PIPELINE}
+    for name, (library, classes) in _PIPELINE_CLASSES.items():
+        config = SCHEDULER_CONFIG if name == "scheduler" else f"{name}/config.json"
+        written = read_json(folder / config) if library == "diffusers" else {}
+        index[name] = [library, written.get("_class_name", classes[0])]
+        if index[name][1] not in classes:
+            raise UserError(f"{folder / config}: {_PIPELINE} of diffusers takes no {index[name][1]}")
+    write_json(folder / MODEL_INDEX, index)

@@ -4,14 +4,13 @@ import functools
 
 from etils import epath
 from flax import nnx
-from transformers import T5Tokenizer
 
 from mask2dit_jax.diffusion.schedule import ScheduleConfig
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.paths import ASSETS
 from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.pretrained import directory, stored_checkpoint
-from mask2dit_jax.pretrained.tokenizer import load_tokenizer
+from mask2dit_jax.pretrained.tokenizer import T5Tokenizer, load_tokenizer
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
 
 TINY = ASSETS / "tiny"  # the directory that ships with the package

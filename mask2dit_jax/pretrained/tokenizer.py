@@ -11,9 +11,12 @@ import sentencepiece
 from absl import logging
 from etils import epath
 from jaxtyping import Int32
-from transformers import T5Tokenizer
 
 from mask2dit_jax.errors import UserError
+
+# transformers warns as it is imported that it found no PyTorch. Only its tokenizer is used, here and nowhere else.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+from transformers import T5Tokenizer
 
 MAX_TOKENS = 226  # a scene's text tokens in every released CogVideoX
 _FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")

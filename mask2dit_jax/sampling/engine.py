@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
@@ -30,7 +31,8 @@ from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.models.registry import CodecConfig, backbone_of
 from mask2dit_jax.models.sizes import scene_layout, with_run_settings
-from mask2dit_jax.parallel.mesh import check_tokens, make_mesh, sizes_for_any_length
+from mask2dit_jax.parallel.abstract import count_in_words
+from mask2dit_jax.parallel.mesh import check_tokens, describe_mesh, make_mesh, sizes_for_any_length
 from mask2dit_jax.pretrained.encoders import TextEncoder, VideoCodec
 from mask2dit_jax.pretrained.pretrained import FROZEN, Pretrained
 from mask2dit_jax.pretrained.tokenizer import Cut, cut_prompts
@@ -181,6 +183,18 @@ class StoryEngine:
             latent_bytes=4 * sum(plan.latent_frames) * math.prod(self.latent_shape),
         )
         return plan.table(*self._size, self.sampling.sampler.num_steps, memory.lines(self.mesh.size))
+
+    def summary(self) -> str:
+        """Return the devices and the model, a line each."""
+        backbone = backbone_of(self.model)
+        params = nnx.state(backbone.memoryless(self.model))
+        return "\n".join(
+            (
+                f"devices: {describe_mesh(self.mesh)}",
+                f"model: {backbone.class_names[0]} of {self._pretrained.transformer}, {count_in_words(params)} "
+                f"parameters, mask {self.model.mask}, attention {self.model.attention}",
+            )
+        )
 
     @functools.cached_property
     def weights(self) -> dict[str, str]:

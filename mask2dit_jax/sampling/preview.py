@@ -1,6 +1,7 @@
 """Storyboards while training: the prompts of a fixed sample, drawn with the weights of the moment."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -43,19 +44,23 @@ class Preview:
         self._program, self._num_steps, self._events = program, num_steps, events
         self._pretrained, self._folder = pretrained, epath.Path(workdir) / "samples"
 
-    def __call__(self, step: int, params: nnx.State, text: Floats["b s t x"]) -> None:
+    def __call__(self, step: int, params: nnx.State, text: Floats["b s t x"], prompts: Sequence[str]) -> None:
         """Write WORKDIR/samples/step_N.png.
 
         Args:
             step: of the training run.
             params: on the mesh.
             text: embeddings of the prompts, on the mesh; those of the first sample are drawn.
+            prompts: of the first sample, in words; only the process that writes needs them.
         """
         latents = self._sample(params, text)
         if self._events is None:
             return
         parts = self._program.objective.layout.frame_slices
-        scenes = [StoryboardScene("", self._codec.decode(latents[part])) for part in parts]
+        scenes = [
+            StoryboardScene(prompt, self._codec.decode(latents[part]))
+            for prompt, part in zip(prompts, parts, strict=True)
+        ]
         try:
             self._write(step, scenes)
         except Exception as error:  # of a disk or a bucket; no picture is worth ending the run for

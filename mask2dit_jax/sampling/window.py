@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -88,6 +89,7 @@ class WindowSampler:
         self._sampler = Sampler(config.sampler, schedule)
         self._scales = guidance_scales(config.guidance, config.guidance_scale, self._sampler.timesteps)
         self._step = jax.jit(make_denoise_step(graph, self._sampler, guided=config.guided), static_argnames="layout")
+        self._compiled: set[SceneLayout] = set()  # layouts; shared by samplers of other parameters
 
     def with_params(self, params: nnx.State) -> "WindowSampler":
         """Return a sampler of other parameters, which shares the compiled programs of this one."""
@@ -144,6 +146,9 @@ class WindowSampler:
         place = sharding.replicated(self._mesh)
         state, latents, text, key = jax.device_put((self._sampler.init(latents), latents, text, key), place)
         x = latents
+        if layout not in self._compiled:
+            logging.info("compiling the denoising step for %s tokens", f"{layout.num_tokens:,}")
+            self._compiled.add(layout)
         with jax.set_mesh(self._mesh):
             for step in range(self.num_steps) if steps is None else steps:
                 scale = np.float32(self._scales[step])

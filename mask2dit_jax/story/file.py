@@ -26,6 +26,7 @@ import yaml
 from absl import logging
 
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.paths import find_file
 from mask2dit_jax.media.pictures import is_picture
 from mask2dit_jax.story.story import LONGEST_SCENE, Actors, Scene, Story
 
@@ -45,7 +46,7 @@ def read_story(path: str | Path, negative: str = "") -> Story:
     Raises:
         UserError: the file is missing or has an error.
     """
-    return _Reader(Path(path)).story(negative)
+    return _Reader(find_file(path)).story(negative)
 
 
 class _Reader:
@@ -102,7 +103,8 @@ class _Reader:
         if "prompt" not in fields:
             raise self._fault(node, "the scene has no prompt; add one (a given scene needs one too)")
         prompt = self._described(fields, "prompt", actors)
-        given = str(self._path.parent / self._text(fields["given"], "given")) if "given" in fields else ""
+        given = self._text(fields["given"], "given") if "given" in fields else ""
+        given = str(find_file(self._path.parent / given)) if given else ""
         if "start" in fields and (not given or is_picture(given)):
             raise self._fault(fields["start"], "start is a place in a given clip, and there is none; remove the key")
         return Scene(

@@ -12,17 +12,18 @@ _STYLE = """
 body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1.5rem 4rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.15rem; margin: 3rem 0 .8rem }
-p { margin: .3rem 0 } .muted { color: var(--muted); font-size: .9rem }
+h1, h3, p { overflow-wrap: anywhere } p { margin: .3rem 0 } .muted { color: var(--muted); font-size: .9rem }
 video { display: block; width: 100%; background: #000; border-radius: 6px }
 .whole { margin-top: 1.5rem; max-width: 52rem }
 .scenes { display: grid; gap: 2rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)) }
-article h3 { margin: .7rem 0 .1rem; font-size: 1rem } article h3 span { color: var(--muted); font-weight: 400 }
+article { min-width: 0 } article h3 { margin: .7rem 0 .1rem; font-size: 1rem }
+article h3 span { color: var(--muted); font-weight: 400 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 th, td { text-align: right; padding: .3rem .9rem; border-bottom: 1px solid var(--rule); white-space: nowrap }
 th { font-weight: 600; color: var(--muted) } td small { color: var(--muted) } td.far small { color: var(--mark) }
 th:first-child, td:first-child { padding-left: 0 }
-pre { overflow-x: auto; font-size: .8rem; line-height: 1.45; padding: 1rem; border: 1px solid var(--rule);
-  border-radius: 6px; margin: 0 } summary { cursor: pointer }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; line-height: 1.45; padding: 1rem;
+  border: 1px solid var(--rule); border-radius: 6px; margin: 0 } summary { cursor: pointer }
 """
 # Changes that are marked: those that are obvious when two scenes are seen side by side.
 _FAR = {"mean": 0.1, "contrast": 0.05, "saturation": 0.1, "latent_mean": 0.2, "latent_std": 0.2}

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.io.paths import find_file
 
 LONGEST_SCENE = 60.0  # seconds; models are trained on about six, and memory grows with the length
 
@@ -85,7 +86,7 @@ class Story:
                 f"{len(prompts)} prompts for {len(given)} given clips leave nothing to generate; "
                 "give a prompt for every given clip and for every new scene"
             )
-        paths = [*given, *[""] * (len(prompts) - len(given))]
+        paths = [*(str(find_file(path)) for path in given), *[""] * (len(prompts) - len(given))]
         scenes = [
             Scene(prompt, negative, given=path, where=f"scene {number}")
             for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True), start=1)
@@ -95,7 +96,9 @@ class Story:
     @classmethod
     def from_json(cls, raw: Mapping) -> "Story":
         """Read what `dataclasses.asdict` returned, as stored in a run.json."""
-        return cls(raw["name"], raw["title"], tuple(Scene(**scene) for scene in raw["scenes"]))
+        scenes = (Scene(**scene) for scene in raw["scenes"])
+        spelt = (dataclasses.replace(s, given=str(find_file(s.given)) if s.given else "") for s in scenes)
+        return cls(raw["name"], raw["title"], tuple(spelt))
 
     def check_length(self, most: int) -> None:
         """Raise UserError if the story has more than `most` scenes, which is probably a mistake."""

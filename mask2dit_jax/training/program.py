@@ -20,7 +20,8 @@ from mask2dit_jax.models import lora
 from mask2dit_jax.models.backbone import Backbone, TransformerConfig
 from mask2dit_jax.models.registry import backbone_of
 from mask2dit_jax.parallel import sharding
-from mask2dit_jax.parallel.mesh import check_batch, check_tokens
+from mask2dit_jax.parallel.abstract import count_in_words
+from mask2dit_jax.parallel.mesh import check_batch, check_tokens, describe_mesh
 from mask2dit_jax.training import trainable
 from mask2dit_jax.training.optimizer import OptimizerConfig, make_optimizer
 from mask2dit_jax.training.step import Objective, TrainState, UpdateConfig, init_state, make_train_step
@@ -137,6 +138,20 @@ class TrainProgram:
         trained = sum(size for path, size in sizes.items() if trainable.is_trained(path, self.update.trainable))
         share = trained / sum(sizes.values())
         return self.global_batch_size * self.backbone.training_flops(self.model, self.objective.layout, share)
+
+    def summary(self) -> str:
+        """Return the devices, the model and the size of a step, a line each."""
+        trained, _ = trainable.split(self.abstract_params, self.update.trainable)
+        tokens = self.objective.layout.num_tokens
+        return "\n".join(
+            (
+                f"devices: {describe_mesh(self.mesh)}",
+                f"model: {self.backbone.class_names[0]}, {count_in_words(self.abstract_params)} parameters, "
+                f"{count_in_words(trained)} trained, mask {self.model.mask}, attention {self.model.attention}",
+                f"a step: {self.global_batch_size} samples x {self.objective.layout.num_scenes} scenes, "
+                f"{self.global_batch_size} x {tokens:,} = {self.global_batch_size * tokens:,} tokens",
+            )
+        )
 
     @property
     def graph(self) -> nnx.GraphDef:

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from mask2dit_jax.config import FRAMES, TrainConfig
 from mask2dit_jax.curate.build_records import SceneLatents, describe_data_set
 from mask2dit_jax.data import latents
-from mask2dit_jax.data.batches import make_batches
+from mask2dit_jax.data.batches import drawn_samples, make_batches
 from mask2dit_jax.data.encode import Encoders, FreshScenes, encode_clip
 from mask2dit_jax.data.frames import PretrainSampling, SftSampling
 from mask2dit_jax.data.latents import LatentSettings, RecordShapes, SceneRecords
@@ -74,6 +74,11 @@ class TrainingData:
             start_sample=start_sample,
             rows=rows,
         )
+
+    def captions(self, seed: int) -> list[str]:
+        """Return the captions of the first sample of step 0, the one that storyboards draw."""
+        scenes = drawn_samples(self.store, self.samples, seed=seed, skipped=self.skipped)[0]
+        return [scene["caption"].decode() for scene in scenes]
 
     def gather_skipped(self) -> dict[str, str]:
         """Return what all processes have skipped, the same on each; all must call it at the same step.

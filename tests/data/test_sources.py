@@ -1,5 +1,6 @@
 import json
 import os
+import unicodedata
 
 import pytest
 
@@ -175,3 +176,22 @@ def test_a_caption_in_the_wrong_column(folder):
     (folder / "data.csv").write_text(HEADER + f"25,640,272,a.mp4,{'a bus ' * 1000},78\n")
     (reason,) = scan_pretrain_csv(folder / "data.csv").faults.values()
     assert "row 1: no video at" in reason
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("in_file", ["NFC", "NFD"])
+def test_a_name_finds_its_video_however_its_accents_are_spelt(tmp_path, on_disk, in_file):
+    stored, named = (unicodedata.normalize(form, "café/été.mp4") for form in (on_disk, in_file))
+    (tmp_path / stored).parent.mkdir()
+    (tmp_path / stored).touch()
+    (tmp_path / "pretrain.csv").write_text(f"{HEADER}25,64,48,x,{named},40\n")
+    (tmp_path / "sft.json").write_text(json.dumps([{"prefix": "a", "values": [shot(url=named)]}]))
+    (one,) = read_pretrain_csv(tmp_path / "pretrain.csv")
+    ((other,),) = (group.clips for group in read_sft_json(tmp_path / "sft.json"))
+    assert one.path == other.path == tmp_path / stored
+    assert one.name == other.name == named  # which latents of an earlier run go by
+
+
+def test_a_data_file_is_found_by_either_spelling(folder):
+    (folder / unicodedata.normalize("NFD", "données.csv")).write_text(f"{HEADER}25,64,48,x,a.mp4,40\n")
+    assert len(read_pretrain_csv(folder / unicodedata.normalize("NFC", "données.csv"))) == 1

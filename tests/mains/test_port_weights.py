@@ -1,27 +1,36 @@
 """Weights there and back: nothing is lost, and diffusers computes with an export what we compute."""
 
+import dataclasses
 import filecmp
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from flax import nnx
 from safetensors.numpy import load_file
-from transformers import T5EncoderModel
+from transformers import T5EncoderModel, T5Tokenizer
 
 from configs import common
 from mask2dit_jax.config import TrainConfig, read_config
+from mask2dit_jax.diffusion.samplers import SamplerConfig
+from mask2dit_jax.diffusion.schedule import NoiseSchedule
+from mask2dit_jax.errors import UserError
 from mask2dit_jax.models import sizes as scene_sizes
+from mask2dit_jax.models.cogvideox import COGVIDEOX
 from mask2dit_jax.models.dit import DiT
 from mask2dit_jax.models.t5 import T5Encoder
 from mask2dit_jax.models.vae import VAE
 from mask2dit_jax.ops import positions
 from mask2dit_jax.pretrained import directory as port
+from mask2dit_jax.pretrained.encoders import TextEncoder, VideoCodec
+from mask2dit_jax.pretrained.pretrained import Pretrained
 from mask2dit_jax.pretrained.transformer_source import TransformerSource
+from mask2dit_jax.sampling.window import SamplingConfig, WindowSampler
 from tests.mains.conftest import HEIGHT, PROMPTS, SMALL, TINY, WIDTH, settings
 from tests.mains.test_sample import frames
 from tests.parity.cases import assert_close
@@ -52,7 +61,7 @@ def ported(commands, authors, tmp_path_factory):
 
 def test_there_and_back_nothing_is_lost(commands, authors, ported, tmp_path):
     finished = commands.succeed("port_weights", f"--from={ported}", f"--to={tmp_path / 'back'}")
-    assert all(name in finished.stdout for name in (*COMPONENTS, "tokenizer", "scheduler"))
+    assert all(name in finished.stdout for name in (*COMPONENTS, "tokenizer", "scheduler", "model_index.json"))
     for name in COMPONENTS:
         before, after = tensors(authors / name), tensors(tmp_path / "back" / name)
         assert before.keys() == after.keys()
@@ -168,3 +177,58 @@ def test_a_run_with_the_tiny_encoders_is_exported_with_them(commands, pretrain_w
     CogVideoXTransformer3DModel.from_pretrained(tmp_path / "export" / "transformer")
     AutoencoderKLCogVideoX.from_pretrained(tmp_path / "export" / "vae")
     T5EncoderModel.from_pretrained(tmp_path / "export" / "text_encoder")
+
+
+def test_diffusers_samples_from_an_export_what_we_sample(exported):
+    """One scene, from the same noise: prompts, guidance, scheduler, transformer and decoder together."""
+    run, export = exported
+    pipeline = CogVideoXPipeline.from_pretrained(export)
+    assert isinstance(pipeline.tokenizer, T5Tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).normal(size=(1, 2, HEIGHT // 8, WIDTH // 8, 8)).astype(np.float32)
+    prompt, negative = PROMPTS[0], "blurred"
+
+    def diffusers(**options):
+        latents = torch.tensor(noise.transpose(0, 1, 4, 2, 3))
+        size = {"height": HEIGHT, "width": WIDTH, "num_frames": 5}
+        tokens = pipeline.transformer.config.max_text_seq_length
+        return pipeline(
+            prompt, negative, num_inference_steps=2, latents=latents, max_sequence_length=tokens, **size, **options
+        ).frames
+
+    pretrained = Pretrained.open(run)
+    model = dataclasses.replace(pretrained.transformer.config(), attention="dense")
+    graph, abstract = nnx.split(COGVIDEOX.memoryless(model))
+    schedule = NoiseSchedule(pretrained.schedule)
+    sampler = WindowSampler(
+        graph, pretrained.transformer.load(abstract), schedule, SamplingConfig(SamplerConfig("ddim", 2))
+    )
+    texts = TextEncoder(pretrained, model.text_tokens, jnp.dtype("float32"))([prompt, negative])
+    text, negative_text = (jnp.asarray(embedding)[None, None] for embedding in texts)
+    layout = model.layout((2,), HEIGHT // 8, WIDTH // 8)
+    ours = sampler(jnp.asarray(noise), text, negative_text, np.array([False]), layout=layout, key=jax.random.key(0))
+    theirs = diffusers(output_type="latent").numpy().transpose(0, 1, 3, 4, 2)
+    assert_close(ours, theirs, TOLERANCE * max(1, np.abs(theirs).max()))
+    codec = VideoCodec(pretrained, jnp.dtype("float32"), "diffusers")
+    decoded = np.concatenate(list(codec.decode_chunks(np.asarray(ours[0]))))
+    np.testing.assert_allclose(decoded, diffusers(output_type="np")[0] * 255, atol=1)
+
+
+@pytest.mark.parametrize("missing", ["tokenizer/spiece.model", "scheduler/scheduler_config.json", "vae"])
+def test_an_export_that_is_no_pipeline_says_so_and_has_no_index(commands, ported, tmp_path, missing):
+    workdir = shutil.copytree(ported, tmp_path / "workdir")
+    gone = workdir / missing
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    finished = commands.succeed("port_weights", f"--from={workdir}", f"--to={tmp_path / 'export'}")
+    (line,) = (line for line in finished.stderr.splitlines() if "missing in the source" in line)
+    assert line.endswith(f"so not written: {missing.partition('/')[0]}, nor model_index.json")
+    assert not (tmp_path / "export" / "model_index.json").exists()
+
+
+def test_an_index_names_no_class_that_the_pipeline_does_not_take(exported, tmp_path):
+    copy = shutil.copytree(exported[1], tmp_path / "export")
+    (copy / "model_index.json").unlink()
+    (copy / "vae" / "config.json").write_text('{"_class_name": "SpaceToDepth"}')
+    with pytest.raises(UserError, match="CogVideoXPipeline of diffusers takes no SpaceToDepth"):
+        port.save_model_index(copy)
+    assert not (copy / "model_index.json").exists()

@@ -1,6 +1,7 @@
 """Stories from the command line: what is written, that it repeats, and that clips can be carried on."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -44,6 +45,8 @@ def test_what_is_written(story):
     results = [str(output / name) for name in ("story.mp4", "storyboard.png", "index.html")]
     assert finished.stdout.splitlines()[-3:] == results
     assert "2 windows of up to 3 scenes x 2 steps = 4 denoising steps\n" in finished.stdout
+    assert "learning_rate" not in finished.stderr
+    assert re.search(r"devices: 1 x cpu\n", finished.stderr)
     assert "is cut" not in finished.stderr  # without guidance nobody reads the negative prompt
 
 

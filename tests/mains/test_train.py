@@ -1,5 +1,7 @@
 """Training runs: they repeat, they go on where they stopped, one stage starts from the other."""
 
+import re
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -111,6 +113,22 @@ def test_every_step_is_logged(straight, pretrain_workdir):
     assert all(0 < loss < 10 for loss in found["loss"].values())
     assert found["learning_rate"][4] == pytest.approx(RATE, rel=1e-3)  # its cosine has hardly begun
     assert "loss_extension" not in scalars(pretrain_workdir)  # no conditional mask there
+
+
+def test_the_log_begins_with_what_runs_on_what(straight):
+    """The config stands in the checkpoint's record and in TensorBoard, not in the log."""
+    workdir, log = straight
+    assert "learning_rate" not in log
+    assert re.search(
+        rf"sft-tiny in {workdir}\ndevices: \d x cpu.*\nmodel: CogVideoXTransformer3DModel, [\d.]+ K parameters, "
+        r"[\d.]+ K trained, mask v2, attention dense\n"
+        r"a step: 2 samples x 3 scenes, 2 x \d+ = \d+ tokens\n",
+        log,
+    )
+    assert "compiling:" in log
+    texts = [value.tensor.string_val[0].decode() for _, value in read_events(workdir) if value.tag.startswith("config")]
+    assert len(texts) == 1
+    assert "learning_rate: 0.001" in texts[0]
 
 
 def test_the_record_holds_the_model_and_the_config(straight):

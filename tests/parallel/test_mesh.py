@@ -4,11 +4,22 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.parallel.abstract import count_in_words
 from mask2dit_jax.parallel.chips import parse_topology
-from mask2dit_jax.parallel.mesh import AXES, check_batch, check_tokens, choose_sizes, make_mesh, sizes_for_any_length
+from mask2dit_jax.parallel.mesh import (
+    AXES,
+    check_batch,
+    check_tokens,
+    choose_sizes,
+    describe_mesh,
+    make_mesh,
+    sizes_for_any_length,
+)
 
 
 def sizes(num_devices, batch, num_slices=1, **asked):
@@ -81,3 +92,13 @@ def test_batches_and_tokens_that_do_not_divide():
         check_batch(6, mesh)
     with pytest.raises(UserError, match=r"the 9 tokens of a sample do not divide over mesh.context=2"):
         check_tokens(9, mesh)
+
+
+def test_a_mesh_in_words():
+    assert describe_mesh(make_mesh({"fsdp": 2}, jax.devices()[:4])) == "4 x cpu, mesh fsdp=2, context=2"
+    assert describe_mesh(make_mesh(devices=jax.devices()[:1])) == "1 x cpu"
+
+
+@pytest.mark.parametrize(("count", "words"), [(512, "512"), (1728, "1.73 K"), (1_700_000, "1.7 M"), (5 * 10**9, "5 B")])
+def test_a_number_of_parameters_in_words(count, words):
+    assert count_in_words(nnx.State({"kernel": jax.ShapeDtypeStruct((count,), jnp.float32)})) == words

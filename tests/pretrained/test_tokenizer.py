@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +132,20 @@ def test_sentinels_follow_the_pieces(tokenizer):
     added = json.loads((TINY / "added_tokens.json").read_text())
     assert added["<extra_id_99>"] == 512
     assert tokenizer.convert_tokens_to_ids(list(added)) == list(added.values())
+
+
+WITHOUT_TORCH = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name.partition(".")[0] == "torch" else find(name, *more)
+import {module}
+import transformers
+assert not transformers.utils.is_torch_available()
+"""
+
+
+@pytest.mark.parametrize("module", ["mask2dit_jax.pretrained.tokenizer", "mask2dit_jax.pretrained.pretrained"])
+def test_nothing_is_said_of_a_pytorch_that_nobody_needs(module):
+    code = WITHOUT_TORCH.format(module=module)
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "PyTorch" not in finished.stdout + finished.stderr

@@ -1,6 +1,9 @@
 """Story files: what a prompt becomes, and that each fault is one line with the number of its line."""
 
+import dataclasses
+import json
 import logging as std_logging
+import unicodedata
 
 import pytest
 
@@ -131,3 +134,17 @@ def test_too_many_scenes():
     with pytest.raises(UserError, match=r"200 scenes are more than max_scenes=100; .* --config.max_scenes=200"):
         story.check_length(100)
     story.check_length(200)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_given_scene_is_found_however_its_accents_are_spelt(tmp_path, forms):
+    stored, named = (unicodedata.normalize(form, "tanière.png") for form in forms)
+    (tmp_path / stored).touch()
+    path = tmp_path / "story.yaml"
+    path.write_text(f"scenes:\n  - given: {named}\n    prompt: a den\n  - prompt: snow\n", encoding="utf-8")
+    story = read_story(path)
+    assert story.scenes[0].given == str(tmp_path / stored)
+    prompts = ["a den", "snow"]
+    assert Story.from_prompts(prompts, "", [str(tmp_path / named)]).scenes[0].given == str(tmp_path / stored)
+    moved = json.loads(json.dumps(dataclasses.asdict(story)).replace(*(json.dumps(n)[1:-1] for n in (stored, named))))
+    assert Story.from_json(moved) == story

@@ -437,3 +437,12 @@ def test_fresh_frames_need_videos(folder, tmp_path):
 def test_no_data():
     with pytest.raises(UserError, match=r"no data: set --config\.data\.path"):
         open_data(configure("sft", ""))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("frames", ["stored", "fresh"])
+def test_storyboards_are_captioned_with_what_their_texts_embed(folder, stage, frames, tmp_path):
+    data = open_data(configure(stage, folder / STAGES[stage][1], cache=str(tmp_path), frames=frames))
+    for seed in range(3):
+        text = take(data, 1, seed=seed)[0]["text"][0]
+        np.testing.assert_allclose(text, encode_text(data.captions(seed)), rtol=2**-8)
