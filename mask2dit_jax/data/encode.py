@@ -11,7 +11,7 @@ from mask2dit_jax.data.frames import FrameChoices, frame_choices
 from mask2dit_jax.data.latents import LatentSettings, SceneRecords, StoredClip, UnreadableScene
 from mask2dit_jax.data.sources import Clip, Group
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.media.transforms import crop_frames, scale_pixels
+from mask2dit_jax.media.transforms import resize_frames, scale_pixels
 from mask2dit_jax.media.video_reader import read_frames
 
 EncodeVideo = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -134,4 +134,4 @@ class FreshScenes:
 
 
 def _pixels(clip: Clip, settings: LatentSettings, choices: FrameChoices, start: int) -> UInt8[np.ndarray, "f h w 3"]:
-    return crop_frames(read_frames(clip.path, choices.indices(start)), settings.size)
+    return resize_frames(read_frames(clip.path, choices.indices(start)), settings.size, settings.fit)

@@ -1,4 +1,4 @@
-from mask2dit_jax.curate.check import check_clips
+from mask2dit_jax.curate.check import check_clips, frame_shapes
 from mask2dit_jax.data.frames import PretrainSampling, SftSampling
 from mask2dit_jax.data.sources import Group, Scan
 from tests.data.clips import make_clip
@@ -25,3 +25,9 @@ def test_the_rule_is_that_of_the_stage(tmp_path):
     checked = check_clips(Scan(clips, None, {}), PretrainSampling(9, stride=3), 1)
     assert "its middle (5% to 95%) holds 6 of 9 frames" in checked.faults["a.mp4"]
     assert checked.num_groups is None
+
+
+def test_shapes_are_those_of_the_videos_whatever_the_data_file_says(tmp_path):
+    clips = [make_clip(tmp_path, f"{height}.mp4", 3, height=height) for height in (32, 64)]
+    assert [(clip.height, clip.width) for clip in clips] == [(32, 48)] * 2
+    assert frame_shapes(clips) == [(32, 48), (64, 48)]
