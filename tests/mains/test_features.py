@@ -149,7 +149,7 @@ def test_features_that_do_not_fit_are_refused(commands, dataset, adapted, tmp_pa
     assert "params of" in line
     assert "keep model, trainable and lora as they were" in line
     line = commands.fail("port_weights", f"--from={adapted}", f"--to={tmp_path / 'x'}", "--weights=ema")
-    assert "holds no average; train with --config.ema_decay" in line
+    assert "holds no moving average; train with --config.ema_decay" in line
 
 
 def test_updates_that_are_never_finite_end_the_run(commands, dataset, tmp_path):
