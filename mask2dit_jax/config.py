@@ -34,6 +34,7 @@ WEIGHTS = ("auto", "ema", "params")
 PRECISIONS = ("float32", "bfloat16")
 FORMATS = ("csv", "json")
 FRAMES = ("stored", "fresh")
+FITS = ("crop", "pad", "stretch")
 
 NEGATIVE_PROMPT = (
     "The video is not of a high quality, it has a low resolution. Watermark present in each frame. The background is "
@@ -218,6 +219,7 @@ class DataConfig(Section):
     cache: str = setting("data/cache")  # folder for the latents of a csv or json, which are encoded once
     # stored: clip_variants choices of frames are encoded once; fresh: every visit draws and encodes its frames anew.
     frames: str = setting("stored", one_of(FRAMES))
+    fit: str = setting("crop", one_of(FITS))  # frames of another shape: centre crop, black bars, or distorted
     clip_variants: int = setting(8, at_least(1))  # choices of frames stored for each clip
     max_stride: int = setting(3, at_least(1))  # frames between two that are used, at most
     min_stride: int = setting(1, at_least(1))  # at least (json)

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -10,6 +10,7 @@ from mask2dit_jax.data.frames import PretrainSampling, SftSampling, frame_choice
 from mask2dit_jax.data.samples import window_starts
 from mask2dit_jax.data.sources import Clip, Scan, printable
 from mask2dit_jax.errors import UserError
+from mask2dit_jax.media.video_reader import read_frames
 
 _THREADS = 16  # they wait for the disk, and FFmpeg runs without Python's lock
 
@@ -59,3 +60,13 @@ def check_clips(
         num_groups = sum(bool(window_starts(group, num_scenes, set(usable))) for group in scan.groups)
     named = {printable(clip.name): reason for clip, reason in faults.items() if reason is not None}
     return Checked(usable, {**scan.faults, **named}, num_groups)
+
+
+def frame_shapes(clips: Sequence[Clip]) -> list[tuple[int, int]]:
+    """Return height and width of every usable clip as its first frame has them, whatever the data file says."""
+
+    def shape(clip: Clip) -> tuple[int, int]:
+        return read_frames(clip.path, [0]).shape[1:3]
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(shape, clips))

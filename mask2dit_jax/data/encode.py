@@ -11,7 +11,7 @@ from mask2dit_jax.data.frames import FrameChoices, frame_choices
 from mask2dit_jax.data.latents import LatentSettings, SceneRecords, StoredClip, UnreadableScene
 from mask2dit_jax.data.sources import Clip, Group
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.media.transforms import crop_frames, scale_pixels
+from mask2dit_jax.media.transforms import resize_frames, scale_pixels
 from mask2dit_jax.media.video_reader import read_frames
 
 EncodeVideo = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -137,7 +137,7 @@ class FreshScenes:
 def _pixels(clip: Clip, settings: LatentSettings, choices: FrameChoices, start: int) -> UInt8[np.ndarray, "f h w 3"]:
     frames = read_frames(clip.path, choices.indices(start))
     try:
-        return crop_frames(frames, settings.size)
+        return resize_frames(frames, settings.size, settings.fit)
     except (ValueError, MemoryError) as error:  # Pillow's words for a picture of absurd proportions
         height, width = frames.shape[1:3]
         raise UserError(f"{clip.path}: its {width} x {height} pixels cannot be resized ({error}); remove it") from error

@@ -39,6 +39,7 @@ from mask2dit_jax.io.paths import is_remote
 
 FORMAT = 1  # raise it when the meaning of a stored number changes
 SPLIT = "train"
+DEFAULT_FIT = "crop"
 SETTINGS, INDEX = "settings.json", "index.json"
 _OTHER_FILES = 512  # that a process may have open besides shards
 _T, _R = TypeVar("_T"), TypeVar("_R")
@@ -65,6 +66,7 @@ class LatentSettings:
         max_tokens: text tokens, padding included.
         encoders: hash of the encoders' weights.
         compute_dtype: precision of the encoders' activations.
+        fit: how frames of another shape come to `size`.
     """
 
     sampling: PretrainSampling | SftSampling
@@ -74,11 +76,18 @@ class LatentSettings:
     max_tokens: int
     encoders: str
     compute_dtype: str
+    fit: str = DEFAULT_FIT
 
     def describe(self) -> dict:
-        """Return all settings as JSON can hold them."""
+        """Return all settings as JSON can hold them.
+
+        The default fit is left out, as in data sets from before there was a choice.
+        """
         sampling = {"rule": type(self.sampling).__name__, **dataclasses.asdict(self.sampling)}
-        return {"format": FORMAT, **dataclasses.asdict(self), "size": list(self.size), "sampling": sampling}
+        described = {"format": FORMAT, **dataclasses.asdict(self), "size": list(self.size), "sampling": sampling}
+        if self.fit == DEFAULT_FIT:
+            del described["fit"]
+        return described
 
     def fingerprint(self) -> str:
         """Return a hash of all settings."""
@@ -284,7 +293,7 @@ def check_settings(folder: epath.PathLike, wanted: LatentSettings, ignored: tupl
     Raises:
         UserError: it was not; the message names every difference.
     """
-    stored, described = read_settings(folder), wanted.describe()
+    stored, described = ({"fit": DEFAULT_FIT, **settings} for settings in (read_settings(folder), wanted.describe()))
     for name in ignored:
         stored, described = ({**settings, name: None} for settings in (stored, described))
     found = differences(stored, described)

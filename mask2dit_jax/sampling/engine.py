@@ -28,6 +28,7 @@ from mask2dit_jax.config import SampleConfig
 from mask2dit_jax.diffusion.samplers import Sampler
 from mask2dit_jax.diffusion.schedule import NoiseSchedule
 from mask2dit_jax.layout import SceneLayout
+from mask2dit_jax.media.transforms import LARGE_LOSS
 from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.models.registry import CodecConfig, backbone_of
 from mask2dit_jax.models.sizes import scene_layout, with_run_settings
@@ -167,9 +168,10 @@ class StoryEngine:
             guided=self.sampling.guided,
             trained_frames=self.model.sample_frames,
         )
-        for scene, frames in zip(story.scenes[: story.num_given], plan.frames, strict=False):
-            check_given(scene, frames, config.fps, self._size)
-        return plan
+        given = zip(story.scenes[: story.num_given], plan.frames, strict=False)
+        lost = [check_given(scene, frames, config.fps, self._size) for scene, frames in given]
+        cropped = tuple(number for number, share in enumerate(lost) if share > LARGE_LOSS)
+        return dataclasses.replace(plan, cropped=cropped)
 
     def describe(self, plan: StoryPlan) -> str:
         """Return the plan as a table to read, with the memory it takes."""

@@ -25,7 +25,7 @@ _FAST = 0.05  # relative change of a clip's speed that is allowed without a warn
 _TICK = 1e-3  # seconds; to such multiples Matroska rounds its time stamps
 
 
-def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]) -> None:
+def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int, int]) -> float:
     """Warn if a given scene loses much of its picture or of its length, or if it is shown too fast or too slow.
 
     Args:
@@ -33,6 +33,9 @@ def check_given(scene: Scene, num_frames: int, fps: int | float, size: tuple[int
         num_frames: pixel frames that it has in the story.
         fps: frames per second of the story.
         size: height and width of the story.
+
+    Returns:
+        The share of its picture that it loses to the centre crop.
 
     Raises:
         UserError: the file is missing, damaged, of another kind, or too short.
@@ -109,8 +112,8 @@ def _warn_of_length(path: str, info: VideoInfo, used: Sequence[int], fps: int | 
         )
 
 
-def _warn_of_loss(path: str, shape: tuple[int, int], size: tuple[int, int]) -> None:
-    """Warn if much is cropped: only a band of a portrait clip fits into a landscape story."""
+def _warn_of_loss(path: str, shape: tuple[int, int], size: tuple[int, int]) -> float:
+    """Return the share that is cropped. Warn if it is much: only a band of a portrait clip fits into a landscape."""
     height, width = resized_shape(shape, size)
     kept = size[0] * size[1] / (height * width)
     if kept < 1 - _MUCH:
@@ -118,3 +121,4 @@ def _warn_of_loss(path: str, shape: tuple[int, int], size: tuple[int, int]) -> N
             "%s: only the middle %.0f %% of its %d x %d picture fit into %d x %d; crop it yourself to choose the part",
             *(path, 100 * kept, *shape, *size),
         )
+    return 1 - kept

@@ -29,6 +29,7 @@ class StoryPlan:
         negatives: the same for negative prompts; empty without guidance.
         layouts: of the windows. Windows of one layout share one compiled program.
         trained_frames: pixel frames of a scene in training.
+        cropped: given scenes that lose more than a fifth of their picture.
     """
 
     story: Story
@@ -40,6 +41,7 @@ class StoryPlan:
     negatives: tuple[Cut, ...]
     layouts: tuple[SceneLayout, ...]
     trained_frames: int
+    cropped: tuple[int, ...] = ()
 
     @classmethod
     def make(
@@ -160,6 +162,11 @@ class StoryPlan:
         longer = [number for number, frames in enumerate(self.frames) if frames > self.trained_frames]
         if longer:
             remarks.append(f"longer than the {self.trained_frames} frames that the model knows: {in_words(longer)}")
+        if self.cropped:
+            remarks.append(
+                f"more than a fifth of the picture is cropped in {len(self.cropped)} of "
+                f"{_count(self.story.num_given, 'given scene')}: {in_words(self.cropped)}"
+            )
         for what, cuts in (("prompt", self.prompts), ("negative prompt", self.negatives)):
             for number, cut in enumerate(cuts, start=1):
                 if cut.lost:

@@ -33,6 +33,7 @@ from mask2dit_jax.data.sources import Scan, Skipped, scan_data_file
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import FileLock
 from mask2dit_jax.io.paths import is_remote
+from mask2dit_jax.media.transforms import say_cropped
 from mask2dit_jax.models.backbone import TransformerConfig
 from mask2dit_jax.models.registry import CodecConfig
 from mask2dit_jax.models.sizes import scene_layout
@@ -138,6 +139,7 @@ def latent_settings(config: TrainConfig, pretrained: Pretrained, text_tokens: in
         max_tokens=text_tokens,
         encoders=pretrained.fingerprint(*_ENCODERS),
         compute_dtype=config.compute_dtype,
+        fit=config.data.fit,
     )
 
 
@@ -150,6 +152,13 @@ def settings_as_stored(settings: LatentSettings, pretrained: Pretrained, folder:
         return settings
     logging.info("%s is of an older version, which compared the sizes and ends of the encoders' files", folder)
     return dataclasses.replace(settings, encoders=former)
+
+
+def log_cropped(config: TrainConfig, scan: Scan) -> None:
+    """Log how many clips lose much of their picture, by the sizes that the data file gives."""
+    said = say_cropped(((clip.height, clip.width) for clip in scan.clips), (config.height, config.width))
+    if said and config.data.fit == latents.DEFAULT_FIT:
+        logging.warning("by the sizes in the data file, %s", said)
 
 
 def record_shapes(config: TrainConfig, model: TransformerConfig, vae: CodecConfig) -> RecordShapes:
@@ -218,6 +227,7 @@ def _open_videos(
     scan = scan_data_file(config.data.kind, config.data.path)
     skipped = Skipped(scan.num_clips, config.data.max_skipped_share)
     _add_all(skipped, scan.faults)
+    log_cropped(config, scan)
     settings = latent_settings(config, pretrained, model.text_tokens)
     shapes = record_shapes(config, model, pretrained.vae.config)
     former = dataclasses.replace(settings, encoders=former_fingerprint(pretrained.folder, _ENCODERS))

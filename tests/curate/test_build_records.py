@@ -361,6 +361,7 @@ OTHERS = {
     "max_tokens": (226, "max_tokens 4, not 226"),
     "encoders": ("other", "encoders stub, not other; set these in the config .encoders: set pretrained to the direc"),
     "compute_dtype": ("bfloat16", "compute_dtype float32, not bfloat16"),
+    "fit": ("pad", "fit crop, not pad"),
 }
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mask2dit_jax.curate.check import check_clips
+from mask2dit_jax.curate.check import check_clips, frame_shapes
 from mask2dit_jax.data.encode import Encoders, encode_clip
 from mask2dit_jax.data.frames import PretrainSampling, SftSampling
 from mask2dit_jax.data.latents import LatentSettings
@@ -58,3 +58,9 @@ def test_what_a_full_check_passes_is_what_encoding_takes(tmp_path):
     assert {clip.name for clip in full.usable} == encoded
     assert {clip.name for clip in quick.usable} == encoded | {str(flipped)}
     assert "damaged, as of frame 16" in full.faults[str(flipped)]
+
+
+def test_shapes_are_those_of_the_videos_whatever_the_data_file_says(tmp_path):
+    clips = [make_clip(tmp_path, f"{height}.mp4", 3, height=height) for height in (32, 64)]
+    assert [(clip.height, clip.width) for clip in clips] == [(32, 48)] * 2
+    assert frame_shapes(clips) == [(32, 48), (64, 48)]

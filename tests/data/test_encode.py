@@ -152,3 +152,16 @@ def test_a_video_that_disappears_is_replaced_by_another_sample(fresh):
     shutil.rmtree(fresh._videos[3].path.parent)
     with pytest.raises(UserError, match=r"cannot be used, more than data.max_skipped_share=0\.3"):
         take(fresh, 10, skipped=Skipped(4, max_share=0.3))
+
+
+@pytest.mark.parametrize(("fit", "black"), [("crop", 0), ("pad", 1 / 3), ("stretch", 0)])
+def test_frames_of_another_shape_come_to_size_as_the_fit_says(clips, fit, black):
+    shown = []
+
+    def look(pixels):
+        shown.append(pixels)
+        return encode_video(np.full_like(pixels, pixels.max()))
+
+    (clip,) = clips[1:2]  # 32 x 48
+    encode_clip(clip, dataclasses.replace(SETTINGS, fit=fit, variants=1), Encoders(look, encode_text))
+    assert (shown[0][-1] == -1).all(-1).mean() == pytest.approx(black, abs=0.05)

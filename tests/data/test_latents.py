@@ -49,6 +49,8 @@ def name(settings, *clips, groups=None):
         {"max_tokens": 5},
         {"encoders": "abd"},
         {"compute_dtype": "bfloat16"},
+        {"fit": "pad"},
+        {"fit": "stretch"},
     ],
 )
 def test_every_setting_has_its_own_data_set(clip, change):
@@ -119,3 +121,9 @@ def test_starts_depend_on_seed_clip_and_variant_only(clip):
         dataclasses.replace(SETTINGS, seed=6).start(clip, 0, choices),
     ]
     assert len({start, *others}) == 4
+
+
+def test_data_sets_from_before_there_was_a_fit_stay_valid(clip):
+    """Their settings, and so their names, have no such key."""
+    assert "fit" not in SETTINGS.describe()
+    assert dataclasses.replace(SETTINGS, fit="pad").describe()["fit"] == "pad"

@@ -220,6 +220,7 @@ def test_an_upright_clip_is_cut_with_a_warning(commands, pretrain_workdir, tmp_p
     story = write(tmp_path, "scenes:\n  - {prompt: a, given: clip.mp4}\n  - b\n")
     finished = commands.succeed("sample", *flags(pretrain_workdir, tmp_path / "out", story, "--plan"))
     assert "clip.mp4: only the middle 22 % of its 96 x 32 picture fit into 32 x 48" in finished.stderr
+    assert "more than a fifth of the picture is cropped in 1 of 1 given scene: scene 1" in finished.stdout
 
 
 @pytest.mark.parametrize(("more", "told"), [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mask2dit_jax.media.transforms import fit_frames, resized_shape
+from mask2dit_jax.media.transforms import cropped_share, fit_frames, resize_frames, resized_shape, say_cropped
 
 
 def official(frames, size):
@@ -52,3 +52,34 @@ def test_the_crop_is_central():
     frames = np.zeros((1, 32, 96, 3), np.uint8)
     frames[:, :, 40:56] = 255
     assert (fit_frames(frames, (32, 16)) == fit_frames(frames, (32, 16))[:, :, ::-1]).all()
+
+
+@pytest.mark.parametrize(("shape", "box"), [
+    ((32, 96), np.s_[8:24]), ((96, 32), np.s_[:, 18:29]), ((64, 96), np.s_[:]), ((8, 9), np.s_[:, 6:42]),
+])  # fmt: skip
+def test_padding_keeps_the_whole_picture_and_is_black(shape, box):
+    fitted = resize_frames(np.full((2, *shape, 3), 200, np.uint8), (32, 48), "pad")
+    expected = np.zeros((32, 48, 3), np.uint8)
+    expected[box] = 200
+    np.testing.assert_array_equal(fitted, [expected] * 2)
+
+
+def test_stretching_keeps_the_whole_picture_and_has_no_bars():
+    frames = np.zeros((1, 32, 96, 3), np.uint8)
+    frames[:, :, :48] = 200
+    fitted = resize_frames(frames, (48, 32), "stretch")
+    assert fitted.shape == (1, 48, 32, 3)
+    assert (fitted[:, :, :15] == 200).all()
+    assert (fitted[:, :, 17:] == 0).all()
+
+
+@pytest.mark.parametrize(("shape", "share"), [((32, 48), 0), ((64, 96), 0), ((32, 96), 1 / 2), ((96, 32), 7 / 9)])
+def test_the_share_that_is_cropped(shape, share):
+    assert cropped_share(shape, (32, 48)) == pytest.approx(share)
+
+
+def test_clips_that_lose_much_are_counted():
+    shapes = [(32, 48), (32, 96), (96, 32), (32, 59)]  # the last one loses less than a fifth
+    said = say_cropped(shapes, (32, 48))
+    assert said.startswith("more than a fifth of the picture is cropped in 2 of 4 clips, up to 78 %; ")
+    assert say_cropped(shapes[::3], (32, 48)) == say_cropped([], (32, 48)) == ""

@@ -1,5 +1,7 @@
 """The plan of a story: lengths, tokens, windows, and where every scene comes from."""
 
+import dataclasses
+
 import pytest
 
 from mask2dit_jax.layout import SceneLayout
@@ -61,3 +63,10 @@ def test_what_is_cut_is_said():
     assert "negative" not in make_plan(scenes).table(8, 8, 1)
     assert "scene 1: the negative prompt has 15 tokens" in make_plan(scenes, guided=True).table(8, 8, 1)
     assert "two predictions each" in make_plan(scenes, guided=True).table(8, 8, 1)
+
+
+def test_given_scenes_that_lose_much_of_their_picture_are_counted():
+    plan = make_plan([*(Scene("a", given=f"{n}.mp4") for n in range(2)), Scene("b")])
+    assert "cropped" not in plan.table(8, 8, 1)
+    cropped = dataclasses.replace(plan, cropped=(1,)).table(8, 8, 1)
+    assert "more than a fifth of the picture is cropped in 1 of 2 given scenes: scene 2" in cropped

@@ -17,7 +17,7 @@ from mask2dit_jax import build_data
 from mask2dit_jax.config import TrainConfig, read_config
 from mask2dit_jax.curate import build_records
 from mask2dit_jax.data.encode import Encoders
-from mask2dit_jax.data.sources import Group, write_pretrain_csv, write_sft_json
+from mask2dit_jax.data.sources import Group, scan_data_file, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.atomic import FileLock
 from mask2dit_jax.io.paths import ASSETS
@@ -446,3 +446,28 @@ def test_storyboards_are_captioned_with_what_their_texts_embed(folder, stage, fr
     for seed in range(3):
         text = take(data, 1, seed=seed)[0]["text"][0]
         np.testing.assert_allclose(text, encode_text(data.captions(seed)), rtol=2**-8)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_cropped_is_said_where_clips_are_encoded(folder, stage, tmp_path, caplog):
+    upright = {"height": 64, "width": 32}
+    config = configure(stage, folder / STAGES[stage][1], cache=str(tmp_path))
+    training_data.log_cropped(config, scan_data_file(config.data.kind, config.data.path))
+    assert "cropped" not in caplog.text
+    config = dataclasses.replace(config, **upright)
+    training_data.log_cropped(config, scan_data_file(config.data.kind, config.data.path))
+    assert "more than a fifth of the picture is cropped in 6 of 6 clips, up to 67 %" in caplog.text
+    caplog.clear()
+    padded = dataclasses.replace(config, data=dataclasses.replace(config.data, fit="pad"))
+    training_data.log_cropped(padded, scan_data_file(config.data.kind, config.data.path))
+    assert "cropped" not in caplog.text
+
+
+def test_a_check_says_what_is_cropped(folder, capsys):
+    config = dataclasses.replace(configure("sft", ""), height=64, width=32)
+    for fit, told in (("crop", True), ("stretch", False)):
+        with pytest.raises(UserError, match="1 of 6 clips"):  # one is too short
+            build_data.check(
+                dataclasses.replace(config, data=dataclasses.replace(config.data, fit=fit)), str(folder / "sft.json")
+            )
+        assert ("cropped in 5 of 5 clips" in capsys.readouterr().out) == told
