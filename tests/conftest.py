@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 from tests.xla_flags import XLA_FLAGS
@@ -13,6 +14,14 @@ os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)  # read when the first device is a
 
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; what asks for none runs on the first
 install_import_hook("mask2dit_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_user_cache(tmp_path_factory):
+    """The hashes of files that tests make do not belong in the user's cache."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user_cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -60,7 +60,8 @@ def test_a_file_that_stays_is_read_once(weights, reads, monkeypatch):
     monkeypatch.chdir(weights.parent)
     assert file_hash(weights.name) == first
     program = f"from mask2dit_jax.io import content; content._sha256 = None; print(content.file_hash({str(weights)!r}))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == first
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert finished.stdout.strip() == first, finished.stderr
     assert reads == [str(weights)]
 
 
