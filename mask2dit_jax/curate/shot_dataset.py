@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import logging
 
 from mask2dit_jax.curate.shots import Shot, find_shots, write_shots
-from mask2dit_jax.data.sources import Clip, Group, is_blank, write_pretrain_csv, write_sft_json
+from mask2dit_jax.data.sources import Clip, Group, is_blank, printable, write_pretrain_csv, write_sft_json
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.io.paths import as_composed, find_file
 from mask2dit_jax.media.video_reader import probe
@@ -46,7 +46,8 @@ def build_dataset(
     """Cut videos into `output/shots/*.mp4`, and list the shots in two data files.
 
     `output/pretrain.csv` has every shot. `output/sft.json` has a group for each run of consecutive shots of a video.
-    Shots that are there already are kept, so a run that was killed can go on.
+    Shots that are there already are kept, so a run that was killed can go on. A video that cannot be read, is damaged
+    or changes its size is left out, with its reason in the log.
 
     Args:
         videos: files to cut.
@@ -56,15 +57,23 @@ def build_dataset(
         min_frames: shots shorter than this are left out, each with a line in the log.
 
     Raises:
-        UserError: an unreadable video, two videos of one name, a shot without a caption, or no shot left.
+        UserError: a video is missing, none can be read, two have one name, a shot has no caption, or no shot is left.
     """
     videos, output = [find_file(video) for video in videos], Path(output)
     names = [as_composed(video.stem) for video in videos]
     if len(set(names)) < len(names):
         raise UserError(f"two videos have the same name ({', '.join(sorted(names))}); rename one, captions go by name")
-    runs = []
+    missing = [video for video in videos if not video.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]}: no such file; correct the path of the video")
+    runs, faults = [], []
     for video in videos:
-        shots = find_shots(video, threshold)
+        try:
+            shots = find_shots(video, threshold)
+        except UserError as error:
+            logging.warning("%s is skipped: %s", printable(video.name), error)
+            faults.append(error)
+            continue
         long_enough = [shot for shot in shots if shot.num_frames >= min_frames]
         for shot in shots:
             if shot.num_frames < min_frames:
@@ -75,6 +84,8 @@ def build_dataset(
         runs += _runs(long_enough)
     groups = [Group(_group_name(run), tuple(_clip(shot, captions, output) for shot in run)) for run in runs]
     clips = [clip for group in groups for clip in group.clips]
+    if not clips and faults:
+        raise faults[0]
     if not clips:
         raise UserError(f"no shot has {min_frames} frames; lower --min_frames or give longer videos")
     for group in groups:

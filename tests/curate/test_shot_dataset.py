@@ -13,6 +13,8 @@ from mask2dit_jax.data.sources import read_pretrain_csv, read_sft_json
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.media.video_writer import write_video
 from tests.curate.test_shots import scenes
+from tests.data.clips import numbered_frames
+from tests.data.odd_clips import write_packets
 
 CAPTIONS = {"film": {number: f"shot {number} of the film" for number in (1, 2, 3, 5)}, "calm": {1: "a calm picture"}}
 
@@ -71,6 +73,23 @@ def test_missing_captions_are_named(videos, tmp_path):
 def test_nothing_long_enough(videos, tmp_path):
     with pytest.raises(UserError, match="no shot has 500 frames; lower --min_frames"):
         build(videos, tmp_path / "out", min_frames=500)
+
+
+def test_a_video_that_cannot_be_read_leaves_the_others(videos, tmp_path, caplog):
+    for name, height in (("a.ts", 32), ("b.ts", 64)):
+        write_packets(tmp_path / name, numbered_frames(20, height))
+    (tmp_path / "resize.ts").write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
+    (tmp_path / "text.mp4").write_text("no video" * 100)
+    bad = [tmp_path / "resize.ts", tmp_path / "text.mp4"]
+    clips, _ = build([*bad, *videos], tmp_path / "out")
+    assert len(clips) == 5
+    assert "resize.ts is skipped: " in caplog.text
+    assert "the picture changes its size at frame 20" in caplog.text
+    assert "text.mp4 is skipped: " in caplog.text
+    with pytest.raises(UserError, match=r"resize.ts: the picture changes its size"):
+        build(bad, tmp_path / "out")
+    with pytest.raises(UserError, match=r"gone.mp4: no such file; correct the path of the video"):
+        build([*videos, tmp_path / "gone.mp4"], tmp_path / "out")
 
 
 def test_two_videos_of_one_name(videos, tmp_path):
