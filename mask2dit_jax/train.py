@@ -65,7 +65,7 @@ def main(argv):
     mesh = make_mesh(dataclasses.asdict(config.mesh), batch_size=config.samples_at_once)
 
     keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
-    with checkpoint.open_manager(workdir, **keep) as manager:
+    with distributed.held_by_all(workdir), checkpoint.open_manager(workdir, **keep) as manager:
         pretrained = Pretrained.open(config.pretrained)
         start, source = _find_start(config, pretrained, manager)
         if config.sample_every:
