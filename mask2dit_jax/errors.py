@@ -4,7 +4,10 @@ import contextlib
 import difflib
 import io
 import os
+import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +20,8 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 _LAST_WORDS = 3.0  # seconds for the processes that fail as well to say why
+
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as of a process that the signal kills
 
 _SHIPPED = Path(__file__).parents[1]  # the checkout, or where pip installs configs/ beside the package
 
@@ -57,12 +62,47 @@ def leave_at_once(*, is_first: bool) -> None:
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
-    """Run an absl main; bad input or a bad flag ends as one line on stderr and exit code 1."""
-    with _late_answers_dropped():
-        try:
-            app.run(_reporting(main), flags_parser=_parse_flags)
-        except KeyboardInterrupt:
-            _die("interrupted")
+    """Run an absl main; bad input or a bad flag ends as one line on stderr and exit code 1.
+
+    Ctrl-C ends as one line and exit code 130, unless the main has a handler of its own; a second one ends the process
+    wherever it is.
+    """
+    with _late_answers_dropped(), _interrupts_heard():
+        with contextlib.suppress(KeyboardInterrupt):
+            app.run(_reporting(main), flags_parser=_parse_flags)  # ends with SystemExit
+        # Here the exception and the frames it held are gone, so an open progress bar has ended its line.
+        print("interrupted: whatever is complete is kept; start again to go on", file=sys.stderr)
+        _leave(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _interrupts_heard() -> Iterator[None]:
+    """Raise KeyboardInterrupt at a SIGINT, and end the process at the second one, even while it compiles.
+
+    Python runs handlers in the main thread only, which may be in XLA for minutes. What a signal writes to a socket
+    reaches another thread. A shell without job control starts its background jobs with SIGINT ignored, so that
+    `kill -INT` would do nothing; here it is always heard.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        count = 0
+        while received := reader.recv(64):
+            count += received.count(signal.SIGINT)
+            if count > 1:
+                os.write(2, b"\ninterrupted again: ended at once\n")  # print could wait for the main thread
+                os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.set_wakeup_fd(fd)
+        writer.close()
 
 
 @contextlib.contextmanager

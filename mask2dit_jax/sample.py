@@ -8,12 +8,14 @@ writes OUT/index.html, OUT/story.mp4, OUT/scene_01.mp4 ..., OUT/storyboard.png, 
 the plan before it loads any weights; --plan stops there.
 
 Each of several stories (--story=a.yaml,b.yaml) or seeds (--config.seeds="(0, 1, 2)") gets a folder of its own under
-OUT. A run that is started again resumes after the last finished scene. Several processes divide the stories among
-themselves, and each uses its own devices.
+OUT. A run that is started again resumes after the last finished scene; Ctrl-C stops it with exit code 130. One living
+run at a time may write into a folder. Several processes divide the stories among themselves, and each uses its own
+devices.
 
 `sampling/engine.py` does the same from Python.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from mask2dit_jax.config import SampleConfig, read_config
 from mask2dit_jax.errors import UserError, run_main
 from mask2dit_jax.io.compiled_programs import keep_compiled_programs
+from mask2dit_jax.io.run_hold import folder_held
 from mask2dit_jax.io.user_cache import user_cache
 from mask2dit_jax.parallel import distributed
 from mask2dit_jax.pretrained.directory import read_json
@@ -80,16 +83,23 @@ def main(argv):
         folder.log_contents()
     if _PLAN.value:
         return
-    for folder in folders:
-        folder.open()
+    with contextlib.ExitStack() as holds:
+        for folder in folders:
+            holds.enter_context(folder_held(folder.folder))
+        for folder in folders:
+            folder.open()
+        _make(folders, engine)
+    if jax.process_count() > 1:  # a process that ends takes the others of its run with it
+        multihost_utils.sync_global_devices("sampled")
+
+
+def _make(folders: list[StoryFolder], engine: StoryEngine) -> None:
     engine.embed(folder.plan for folder in folders if not folder.is_generated())
     for folder in folders:
         for scene in engine.generate(folder.plan, folder.run["seed"], latents=folder.scenes, progress=_progress):
             if not folder.is_shown(scene.number):
                 folder.show(scene.number, scene.frames())
         print(*folder.finish(), sep="\n")
-    if jax.process_count() > 1:  # a process that ends takes the others of its run with it
-        multihost_utils.sync_global_devices("sampled")
 
 
 def _progress(steps: Iterable[int], description: str) -> Iterable[int]:
@@ -130,7 +140,7 @@ def _warn_of_other_weights(path: str | None, engine: StoryEngine) -> None:
 
 def _seeds(config: SampleConfig, story: Story, num_stories: int) -> list[tuple[int, str]]:
     """Return the seeds of a story, each with its folder under --output, which is "" for a single result."""
-    seeds = config.seeds or (config.seed,)
+    seeds = tuple(dict.fromkeys(config.seeds or (config.seed,)))  # one given twice is one result
     parent = story.name if num_stories > 1 else ""
     return [(seed, str(Path(parent, f"seed_{seed}" if len(seeds) > 1 else ""))) for seed in seeds]
 

@@ -3,7 +3,8 @@
     python -m mask2dit_jax.train --config=configs/sft.py --config.pretrained=CogVideoX-5b --config.data.path=sft.json
     python -m mask2dit_jax.train --config=configs/sft.py:tiny --workdir=workdir/sft
 
-A run started again in the same workdir resumes from its newest checkpoint. On SIGTERM it saves and exits with code 143.
+A run started again in the same workdir resumes from its newest checkpoint. On SIGTERM it saves and exits with code 143,
+on Ctrl-C with 130; a second Ctrl-C ends it at once.
 docs/training.md describes what it logs.
 """
 
@@ -36,7 +37,7 @@ from mask2dit_jax.training.optimizer import learning_rate
 from mask2dit_jax.training.profile import StepTrace
 from mask2dit_jax.training.program import TrainProgram, global_batch, local_rows
 from mask2dit_jax.training.step import Batch, TrainState, evaluated_params
-from mask2dit_jax.training.stopping import EXIT_CODE, StopRequest
+from mask2dit_jax.training.stopping import StopRequest
 from mask2dit_jax.training.training_data import TrainingData, open_training_data
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Run config, such as configs/sft.py.", lock_config=True)
@@ -63,7 +64,7 @@ def main(argv):
     mesh = make_mesh(dataclasses.asdict(config.mesh), batch_size=config.samples_at_once)
 
     keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
-    with checkpoint.open_manager(workdir, **keep) as manager:
+    with distributed.held_by_all(workdir), checkpoint.open_manager(workdir, **keep) as manager:
         pretrained = Pretrained.open(config.pretrained)
         start, source = _find_start(config, pretrained, manager)
         if config.sample_every:
@@ -89,7 +90,7 @@ def main(argv):
                 last = _run(config, state, batches, seen, watch, manager, stop)
     if last < config.num_steps:
         logging.info("stopped: step %d, checkpoints in %s", last, workdir)
-        sys.exit(EXIT_CODE)
+        sys.exit(stop.exit_code)
     logging.info("done: step %d, checkpoints in %s", last, workdir)
 
 
@@ -145,6 +146,7 @@ def _run(
                 break
     watch.trace.close()
     log.flush()
+    checkpoint.wait_until_written(manager)  # as long as `stop` is in charge of the signals
     return int(state.step)
 
 

@@ -4,10 +4,12 @@ Objects live in memory, all in one bucket. Names and answers are those of the JS
 """
 
 import contextlib
+import itertools
 import json
 import re
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -23,6 +25,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}
+        self.written: dict[str, tuple[int, datetime]] = {}  # generation of each object, and when it got it
+        self.generations = itertools.count(1)
         self.uploads: dict[str, bytes] = {}
         self.refused = ""  # programs with this in their names may not write
         self.lock = threading.RLock()
@@ -85,17 +89,21 @@ class _Handler(BaseHTTPRequestHandler):
         elif query.get("uploadType") == "resumable":
             self._begin_upload(query.get("name") or json.loads(body)["name"])
         elif query.get("uploadType") == "multipart":
-            self._store(*self._parts(body))
+            self._store(*self._parts(body), query.get("ifGenerationMatch"))
         else:
-            self._store(query["name"], body)
+            self._store(query["name"], body, query.get("ifGenerationMatch"))
         return None
 
     do_PUT = do_POST
 
     def do_DELETE(self):
+        path, query = self._asked()
         with self.server.lock:
-            self.server.objects.pop(unquote(self._asked()[0].rpartition("/o/")[2]), None)
-        self._answer(None, 204)
+            name = unquote(path.rpartition("/o/")[2])
+            if not self._matches(name, query.get("ifGenerationMatch")):
+                return self._refused_generation()
+            self.server.objects.pop(name, None)
+        return self._answer(None, 204)
 
     def _asked(self) -> tuple[str, dict[str, str]]:
         url = urlsplit(self.path)
@@ -107,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing()
         if not is_content:
             return self._answer(self._described(name))
-        headers = {"x-goog-generation": "1", "x-goog-stored-content-length": str(len(content))}
+        headers = {"x-goog-generation": str(self._generation(name)), "x-goog-stored-content-length": str(len(content))}
         wanted = re.match(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if not wanted:
             return self._send(content, headers=headers)
@@ -132,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             if source not in self.server.objects:
                 return self._missing()
-            self.server.objects[target] = self.server.objects[source]
+            self._put(target, self.server.objects[source])
             if is_move:
                 del self.server.objects[source]
         described = self._described(target)
@@ -172,17 +180,34 @@ class _Handler(BaseHTTPRequestHandler):
         )
         return json.loads(described)["name"], content.removesuffix(b"\n").removesuffix(b"\r")
 
-    def _store(self, name: str, content: bytes):
+    def _store(self, name: str, content: bytes, generation: str | None = None):
+        """Store an object if the one there has the generation that the client wants, 0 for none."""
         with self.server.lock:
-            self.server.objects[name] = content
-        self._answer(self._described(name))
+            if not self._matches(name, generation):
+                return self._refused_generation()
+            self._put(name, content)
+            return self._answer(self._described(name))
+
+    def _put(self, name: str, content: bytes):
+        self.server.objects[name] = content
+        self.server.written[name] = next(self.server.generations), datetime.now(UTC)
+
+    def _generation(self, name: str) -> int:
+        return self.server.written[name][0] if name in self.server.objects else 0
+
+    def _matches(self, name: str, generation: str | None) -> bool:
+        return generation is None or int(generation) == self._generation(name)
+
+    def _refused_generation(self):
+        self._answer({"error": {"code": 412, "message": "At least one of the pre-conditions did not hold"}}, 412)
 
     def _described(self, name: str) -> dict[str, str]:
-        now = "2026-01-01T00:00:00.000Z"
+        generation, written = self.server.written[name]
+        now = written.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         size = str(len(self.server.objects[name]))
         return {
-            **{"kind": "storage#object", "name": name, "bucket": BUCKET, "size": size, "generation": "1"},
-            **{"timeCreated": now, "updated": now, "etag": "etag"},
+            **{"kind": "storage#object", "name": name, "bucket": BUCKET, "size": size, "generation": str(generation)},
+            **{"timeCreated": now, "updated": now, "etag": str(generation)},
         }
 
     def _missing(self):

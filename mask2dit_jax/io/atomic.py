@@ -4,7 +4,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +52,10 @@ def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
 
 
 class FileLock:
-    """A lock between processes, also of several machines on a shared disk; a process that dies releases it."""
+    """A lock between processes, also of several machines on a shared disk; a process that dies releases it.
+
+    The file says who holds it, for messages alone: what a dead process has written there means nothing.
+    """
 
     def __init__(self, path: str | os.PathLike):
         """Name the lock by a file, which is made if needed and stays."""
@@ -64,10 +69,10 @@ class FileLock:
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._file or self._path.open("a")
+            self._file = self._file or self._path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path}: {error.strerror}; choose an output that can be written"
+                f"{self._path.parent} cannot be written ({error.strerror}); choose another folder"
             ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,13 +82,29 @@ class FileLock:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             logging.warning("%s: this disk has no locks (%s); start one run at a time", self._path, error.strerror)
+        with contextlib.suppress(OSError):  # a full disk; the lock holds without it
+            self._file.truncate(0)
+            self._file.write(this_process().encode())
         return True
+
+    def holder(self) -> str:
+        """Return which process holds the lock, on which host and since when, as far as can be read."""
+        try:
+            return self._path.read_text() or "another process"
+        except OSError:
+            return "another process"
 
     def release(self) -> None:
         """Give the lock back if this process holds it."""
         if self._file:
             self._file.close()
             self._file = None
+
+
+def this_process() -> str:
+    """Return what tells this process from others: its id and host, and the time."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return f"process {os.getpid()} on {socket.gethostname()} since {now}"
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mask2dit_jax.errors import UserError, leave_at_once
+from mask2dit_jax.io.run_hold import folder_held
 
 # For processes that nothing introduces to each other: on one machine, or on several without TPUs.
 VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
@@ -67,6 +68,25 @@ def gather_json(mine: Any) -> list[Any]:
     padded[: text.size] = text
     rows = np.reshape(multihost_utils.process_allgather(padded), (len(sizes), -1))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def held_by_all(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a folder for all processes of this run: the first one holds it, and the others learn whether it does.
+
+    Raises:
+        UserError: on every process alike, if another living run holds it, or it cannot be written.
+    """
+    with contextlib.ExitStack() as hold:
+        failure = ""
+        if jax.process_index() == 0:
+            try:
+                hold.enter_context(folder_held(folder))
+            except UserError as error:
+                failure = str(error)
+        if failure := gather_json(failure)[0]:
+            raise UserError(failure)
+        yield
 
 
 @contextlib.contextmanager

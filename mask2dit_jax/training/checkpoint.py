@@ -101,8 +101,17 @@ def save(manager: Manager, state: TrainState, record: dict[str, Any]) -> None:
 def check_written(manager: Manager) -> None:
     """Raise UserError if a save in the background has failed; waits for nothing."""
     if not manager.is_saving_in_progress():
-        with writing(manager):
-            manager.wait_until_finished()
+        wait_until_written(manager)
+
+
+def wait_until_written(manager: Manager) -> None:
+    """Wait for the save in the background.
+
+    Raises:
+        UserError: the checkpoint could not be written.
+    """
+    with writing(manager):
+        manager.wait_until_finished()
 
 
 @contextlib.contextmanager

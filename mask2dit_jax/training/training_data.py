@@ -268,7 +268,7 @@ def _data_set_folder(cache: str, settings: LatentSettings, shapes: RecordShapes,
         is_waiting = False
         while not distributed.gather_json(jax.process_index() == 0 and lock.acquire())[0]:
             if not is_waiting:
-                logging.info("%s: another run is encoding these clips; waiting for it", folder)
+                logging.info("%s: %s is encoding these clips; waiting for it", folder, lock.holder())
             is_waiting = True
             time.sleep(1)
         yield folder

@@ -3,8 +3,8 @@
     JAX_PLATFORMS=cpu python -m tests.mains.killing --processes=2 --kills=20
 
 kills a tiny run at so many random moments, a third of them while a checkpoint is being written, starts it again each
-time, and compares its last checkpoint bit for bit with that of a run that nothing disturbed. --signal=TERM tells it to
-stop instead. The suite takes fewer.
+time, and compares its last checkpoint bit for bit with that of a run that nothing disturbed. --signal=TERM or INT
+tells it to stop instead. The suite takes fewer.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def kill_again_and_again(
             time.sleep(rng.uniform(0, 6))
         state = "ended" if not job.is_running else "saving" if is_saving() else "not saving"
         job.kill(sent)
-        codes = sorted(finished.code for finished in job.finish())  # 143: told by SIGTERM, it saved and stopped
+        codes = sorted(finished.code for finished in job.finish())  # 143, 130: SIGTERM, SIGINT
         met.append(f"{state}, {before} -> {steps(workdir)}, exit codes {codes}")
     for finished in start().finish():
         assert finished.code == 0, finished.stderr
@@ -110,7 +110,7 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as environment:
         folder = Path(name)

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 
 def flags(commands, dataset, workdir, **fields):
-    fields = {"num_steps": STEPS, "checkpoint_every": 1, "ema_decay": 0.9, **fields}
+    same = {"checkpoint_every": 1, "ema_decay": 0.9, "optimizer__decay_steps": 10_000}  # whatever num_steps is
+    fields = {"num_steps": STEPS, **same, **fields}
     return commands.train_flags("pretrain", workdir, dataset.csv, **fields)
 
 
@@ -52,32 +53,35 @@ def test_two_processes_take_the_steps_of_one(references):
     assert len(list(references[2].glob("events*"))) == 1
 
 
-@pytest.mark.parametrize(("count", "kills"), [(1, 3), (2, 1)])
-def test_a_run_that_is_killed_ends_as_if_it_were_not(count, kills, commands, dataset, references, tmp_path):
+@pytest.mark.parametrize(
+    ("count", "kills", "sent"), [(1, 3, signal.SIGKILL), (2, 1, signal.SIGKILL), (1, 3, signal.SIGINT)]
+)
+def test_a_run_that_is_killed_ends_as_if_it_were_not(count, kills, sent, commands, dataset, references, tmp_path):
     """`python -m tests.mains.killing` does it 20 times."""
     killed = tmp_path / "killed"
 
     def start():
         return Job(tmp_path / "printed", count, flags(commands, dataset, killed))
 
-    met = kill_again_and_again(start, killed, kills, random.Random(0))
+    met = kill_again_and_again(start, killed, kills, random.Random(0), sent)
     assert not [line for line in met if line.startswith("ended")], met
     assert_same(read(killed, STEPS), read(references[count], STEPS))
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("count", [1, 2])
-def test_sigterm_saves_the_same_step_in_all_processes(count, commands, dataset, references, tmp_path):
+def test_a_signal_saves_the_same_step_in_all_processes(count, sent, commands, dataset, references, tmp_path):
     """One process is told; all of them save the same step, and the job counts as not done."""
     workdir = tmp_path / "run"
     unending = flags(commands, dataset, workdir, num_steps=10_000, checkpoint_every=10_000)
     job = Job(tmp_path / "printed", count, unending)
     job.wait_until(lambda: any(workdir.glob("events*")) and scalars(workdir).get("loss"))
-    job.kill(signal.SIGTERM, only=count - 1)
+    job.kill(sent, only=count - 1)
     printed = job.finish()
     (last,) = steps(workdir)
     for finished in printed:
-        assert finished.code == 143, finished.stderr
-        assert f"SIGTERM: saving step {last}, then stopping" in finished.stderr
+        assert finished.code == 128 + sent, finished.stderr
+        assert f"{sent.name}: saving step {last}, then stopping" in finished.stderr
     undisturbed = references[count]
     if last > STEPS:  # the job was faster than this process could tell it
         undisturbed = beginning(undisturbed, tmp_path / "undisturbed", STEPS)

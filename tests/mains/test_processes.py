@@ -1,6 +1,7 @@
 """Several processes, each with a device of its own, take the same steps as one."""
 
 import dataclasses
+import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from mask2dit_jax.data.latents import SceneRecords
+from mask2dit_jax.io.run_hold import folder_held
 from tests.mains.test_train import read
 
 pytestmark = pytest.mark.slow
@@ -46,6 +48,21 @@ def test_four_processes_take_the_steps_of_one(commands, dataset, pretrain_workdi
     assert len(list(workdir.glob("events*"))) == 1
     (latents,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     assert len(SceneRecords(latents).clips) == len(list(latents.glob("*array_record*"))) == len(dataset.clips)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_second_run_in_a_workdir_ends_with_one_line(commands, dataset, tmp_path, count):
+    """In all of its processes; it writes nothing there, and may start when the first one is gone."""
+    workdir = tmp_path / "run"
+    flags = commands.train_flags("pretrain", workdir, dataset.csv, num_steps=1, seed=7)
+    with folder_held(workdir):
+        for finished in train_together(commands, count, tmp_path / "second", flags):
+            assert finished.code == 1
+            here = f"process {os.getpid()} on {socket.gethostname()}"
+            assert finished.stderr.splitlines()[-1].startswith(f"error: {workdir} is in use by {here} since")
+        assert [path.name for path in workdir.iterdir()] == [".lock"]
+    for finished in train_together(commands, count, tmp_path / "third", flags):
+        assert finished.code == 0, finished.stderr
 
 
 def test_one_that_fails_alone_ends_at_once_and_says_why(commands, dataset, tmp_path):

@@ -1,13 +1,19 @@
 """Stories from the command line: what is written, that it repeats, and that clips can be carried on."""
 
 import json
+import os
 import re
+import signal
+import socket
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mask2dit_jax.io.run_hold import folder_held
 from mask2dit_jax.media.video_reader import iter_frames, probe
+from tests.mains import process
 from tests.mains.conftest import COLOURS, FPS, HEIGHT, PROMPTS, SMALL, WIDTH, settings
 
 
@@ -29,10 +35,40 @@ def story(commands, pretrain_workdir, tmp_path_factory):
     return output, sample(commands, output, pretrain_workdir)
 
 
+def test_a_folder_that_a_living_run_holds_is_left_alone(commands, pretrain_workdir, tmp_path):
+    """Of one story, and of one of several seeds; a seed that is given twice is one result."""
+    output = tmp_path / "out"
+    with folder_held(output / "seed_1"):
+        given = settings(prompts=PROMPTS, checkpoint=pretrain_workdir, attention="dense", seeds=(0, 1, 0))
+        line = commands.fail("sample", "--config=configs/sample.py:tiny", f"--output={output}", *SMALL, *given)
+    assert f"{output / 'seed_1'} is in use by process {os.getpid()} on {socket.gethostname()} since" in line
+    assert [path.name for path in (output / "seed_1").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_complete_and_the_next_start_finishes_it(commands, pretrain_workdir, story, tmp_path):
+    output, printed = tmp_path / "out", tmp_path / "printed"
+    printed.mkdir()
+    fields = {"checkpoint": pretrain_workdir, "sampler__num_steps": 2, "prompts": PROMPTS, "attention": "dense"}
+    flags = ("--config=configs/sample.py:tiny", f"--output={output}", *SMALL, *settings(**fields))
+    started = process.start(printed, "sample", flags, {})
+    while started.exitcode is None and not (output / "latents" / "scene_01.npz").exists():
+        time.sleep(0.001)
+    os.kill(started.pid, signal.SIGINT)
+    finished = process.finish(printed, started)
+    assert finished.code == 130, finished.stderr
+    assert finished.stderr.splitlines()[-1] == "interrupted: whatever is complete is kept; start again to go on"
+    assert "Traceback" not in finished.stderr
+    assert not [path for path in output.rglob(".*") if path.name != ".lock"]
+    commands.succeed("sample", *flags)
+    for path in (story[0] / "latents").iterdir():
+        np.testing.assert_array_equal(np.load(output / "latents" / path.name)["latents"], np.load(path)["latents"])
+
+
 def test_what_is_written(story):
     output, finished = story
     scenes = [f"scene_{number:02d}.mp4" for number in range(1, 5)]
-    together = {"story.mp4", "storyboard.png", "index.html", "run.json", "latents"}
+    together = {"story.mp4", "storyboard.png", "index.html", "run.json", "latents", ".lock"}
     assert {path.name for path in output.iterdir()} == {*scenes, *together}
     info = probe(output / "story.mp4")
     assert (info.num_frames, info.height, info.width, info.fps) == (20, HEIGHT, WIDTH, FPS)
