@@ -71,13 +71,14 @@ def build_dataset(
         try:
             shots = find_shots(video, threshold)
         except UserError as error:
-            logging.warning("%s is skipped: %s", printable(video.name), error)
+            logging.warning("%s is skipped: %s", printable(video.name), printable(str(error)))
             faults.append(error)
             continue
         long_enough = [shot for shot in shots if shot.num_frames >= min_frames]
         for shot in shots:
             if shot.num_frames < min_frames:
-                logging.info("shot %s is left out: %d frames, fewer than %d", shot.name, shot.num_frames, min_frames)
+                name = printable(shot.name)
+                logging.info("shot %s is left out: %d frames, fewer than %d", name, shot.num_frames, min_frames)
         _check_captions(long_enough, captions)
         if long_enough:
             write_shots(long_enough, output / "shots")
@@ -90,7 +91,7 @@ def build_dataset(
         raise UserError(f"no shot has {min_frames} frames; lower --min_frames or give longer videos")
     for group in groups:
         if len(group.clips) == 1:
-            logging.info("shot %s has no neighbour and is in no group of sft.json", group.name)
+            logging.info("shot %s has no neighbour and is in no group of sft.json", printable(group.name))
     groups = [group for group in groups if len(group.clips) > 1]
     write_pretrain_csv(output / "pretrain.csv", clips)
     write_sft_json(output / "sft.json", groups)

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from absl import logging
 
-from mask2dit_jax.data.sources import Clip
+from mask2dit_jax.data.sources import Clip, printable
 from mask2dit_jax.errors import UserError
 from mask2dit_jax.media.video_reader import probe
 
@@ -120,5 +120,6 @@ def frame_choices(clip: Clip, sampling: PretrainSampling | SftSampling, all_fram
     """
     num_frames = probe(clip.path, all_frames).num_frames
     if num_frames != clip.num_frames:
-        logging.warning("%s holds %d frames, the data file says %d", clip.path, num_frames, clip.num_frames)
+        name = printable(str(clip.path))
+        logging.warning("%s holds %d frames, the data file says %d", name, num_frames, clip.num_frames)
     return sampling.choices(num_frames)
