@@ -90,7 +90,8 @@ def test_a_long_caption_is_cut_with_a_warning(commands, tmp_path, clips):
     clips[0] = dataclasses.replace(clips[0], caption="word " * 80 + "the very end")
     dataset = Dataset.write(tmp_path, clips)
     flags = commands.train_flags("pretrain", tmp_path / "run", dataset.csv, num_steps=1)
-    (warning,) = warnings(commands.succeed("train", *flags).stderr)
+    length, warning = warnings(commands.succeed("train", *flags).stderr)
+    assert "num_steps=1 ends within optimizer.warmup_steps=50" in length
     assert re.search(r"prompt of \d+ tokens is cut to 48: '.*the very end' is lost from 'word word", warning)
 
 

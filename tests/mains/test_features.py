@@ -16,6 +16,7 @@ ALL = {
     "init_from": "",
     "checkpoint_every": 2,
     "optimizer__warmup_steps": 0,
+    "optimizer__decay_steps": 1000,  # named, so that a longer run has the same learning rates
     "accumulate_steps": 2,
     "ema_decay": 0.9,
     "scene_frames": ((5, 5, 5), (1, 5, 1)),
