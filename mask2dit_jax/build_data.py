@@ -92,7 +92,7 @@ def cut_videos() -> None:
     print(f"{len(clips)} shots in {_OUTPUT.value}/pretrain.csv, {len(groups)} groups in {_OUTPUT.value}/sft.json")
 
 
-def check(config: TrainConfig, data_file: str, all_frames: bool) -> None:
+def check(config: TrainConfig, data_file: str, all_frames: bool = False) -> None:
     """Print every clip that cannot be used.
 
     Raises:
