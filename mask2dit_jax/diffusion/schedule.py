@@ -18,7 +18,7 @@ import numpy as np
 
 from mask2dit_jax.axes import Floats, Ints, NpFloats
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.io.json_values import read_value
+from mask2dit_jax.io.json_values import read_fields
 
 CLASS_NAMES = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # in diffusers; they share the schedule
 PREDICTION_TYPE = "v_prediction"  # what models predict: `NoiseSchedule.velocity`
@@ -83,12 +83,7 @@ class ScheduleConfig:
                     f"scheduler config: {key} {value!r} is not supported, only {implemented!r} is; "
                     "use the scheduler directory of a CogVideoX or Mask2DiT checkpoint"
                 )
-        return cls(
-            **{
-                field.name: read_value(raw, field.name, field.type, field.default, "scheduler config")
-                for field in dataclasses.fields(cls)
-            }
-        )
+        return cls(**read_fields(raw, dataclasses.fields(cls), "scheduler config"))
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON that diffusers loads as DDIM, the sampler of the authors' examples."""

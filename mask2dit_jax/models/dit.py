@@ -20,7 +20,7 @@ from jaxtyping import Float
 from mask2dit_jax.axes import Floats, Ints, NpInts
 from mask2dit_jax.config import MASKS, LoRAConfig
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.io.json_values import read_value
+from mask2dit_jax.io.json_values import read_fields
 from mask2dit_jax.layout import SceneLayout
 from mask2dit_jax.models.lora import AdaptedLinear
 from mask2dit_jax.ops import positions
@@ -164,17 +164,8 @@ class DiTConfig:
                 raise UserError(f"transformer config.json: {key}={raw[key]!r} is not supported, only {wanted!r} is")
         if not any(key in raw for key in _JSON_NAMES.values()):
             raise UserError("transformer config.json: it holds no size; is it a CogVideoX transformer?")
-        fields = {
-            field.name: read_value(
-                raw,
-                _JSON_NAMES[field.name],
-                field.type,
-                _JSON_DEFAULTS.get(field.name, field.default),
-                "transformer config.json",
-            )
-            for field in dataclasses.fields(cls)
-            if field.name in _JSON_NAMES
-        }
+        stored = [field for field in dataclasses.fields(cls) if field.name in _JSON_NAMES]
+        fields = read_fields(raw, stored, "transformer config.json", _JSON_NAMES, _JSON_DEFAULTS)
         out_channels = raw.get("out_channels", 16)
         if out_channels not in (None, fields["latent_channels"]):
             raise UserError(

@@ -17,7 +17,7 @@ from jax.nn.initializers import normal
 
 from mask2dit_jax.axes import Floats, Ints, NpInts
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.io.json_values import read_value
+from mask2dit_jax.io.json_values import read_fields
 from mask2dit_jax.models.architecture import Architecture
 from mask2dit_jax.models.port_rules import LINEAR, Rule
 from mask2dit_jax.parallel.mesh import TENSOR, WEIGHTS
@@ -75,18 +75,8 @@ class T5Config:
                 f"text encoder config: feed_forward_proj {activation!r} is not supported; "
                 f"only T5 v1.1 encoders ({ACTIVATION!r}) are"
             )
-        return cls(
-            **{
-                field.name: read_value(
-                    raw,
-                    _JSON_NAMES[field.name],
-                    field.type,
-                    _JSON_DEFAULTS.get(field.name, field.default),
-                    "text encoder config",
-                )
-                for field in dataclasses.fields(cls)
-            }
-        )
+        fields = dataclasses.fields(cls)
+        return cls(**read_fields(raw, fields, "text encoder config", _JSON_NAMES, _JSON_DEFAULTS))
 
     def to_json(self) -> dict:
         """Return the `config.json` with which transformers' T5EncoderModel loads exported weights."""

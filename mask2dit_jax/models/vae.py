@@ -23,7 +23,7 @@ from flax import nnx
 from mask2dit_jax.axes import Array, Floats
 from mask2dit_jax.config import CHUNKINGS
 from mask2dit_jax.errors import UserError
-from mask2dit_jax.io.json_values import read_value
+from mask2dit_jax.io.json_values import read_fields
 from mask2dit_jax.models import port_vae
 from mask2dit_jax.models.architecture import Architecture
 from mask2dit_jax.models.causal_conv import CausalConv3d, Frames, is_frame_by_frame, map_frames, take_frame
@@ -105,10 +105,7 @@ class VAEConfig:
         widths = raw.get("block_out_channels", fields.pop("block_out_channels").default)
         if not isinstance(widths, list | tuple) or not widths or not all(type(width) is int for width in widths):
             raise UserError(f"VAE config: block_out_channels={widths!r} is not a list of whole numbers")
-        values = {
-            name: read_value(raw, name, field.type, field.default, "VAE config") for name, field in fields.items()
-        }
-        return cls(block_out_channels=tuple(widths), **values)
+        return cls(block_out_channels=tuple(widths), **read_fields(raw, fields.values(), "VAE config"))
 
     def to_json(self) -> dict[str, Any]:
         """Return the config.json that diffusers reads as the same model."""
